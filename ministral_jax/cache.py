@@ -1,0 +1,150 @@
+"""The paged key/value cache as a pytree, what one call asks of it, and its size. Who owns which page is the caller's business.
+
+Layers with the same window form a group and share page tables. Each layer has its own pools, so that a donated cache is updated in place.
+Page 0 of every pool is the null page: never allocated, never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention import token_slots
+from pallas_kernels.reference import token_positions
+
+from .config import ModelConfig, Window
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["group_of_layer"]
+)
+@dataclass(frozen=True)
+class PagedCache:
+    """Pools of pages, one pair per layer."""
+
+    keys: tuple[Float[Array, "P page K H"], ...]
+    values: tuple[Float[Array, "P page K H"], ...]
+    group_of_layer: tuple[int, ...]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all pools as allocated."""
+        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+
+    def pages_of_group(self, group: int) -> int:
+        """Pages in each pool of a group, the null page included."""
+        return self.keys[self.group_of_layer.index(group)].shape[0]
+
+    def with_layer(self, layer: int, k_pages: Array, v_pages: Array) -> PagedCache:
+        """The cache with one layer's pools replaced."""
+        return dataclasses.replace(
+            self,
+            keys=(*self.keys[:layer], k_pages, *self.keys[layer + 1 :]),
+            values=(*self.values[:layer], v_pages, *self.values[layer + 1 :]),
+        )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["page_tables", "query_starts", "lengths"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class PagedBatch:
+    """Which tokens one call brings: `query_starts` and `lengths` as paged_attention takes them, and a page table per group."""
+
+    page_tables: tuple[Int[Array, "B pages"], ...]
+    query_starts: Int[Array, "B+1"]
+    lengths: Int[Array, "B"]
+
+    def positions(self, n_tokens: int) -> Int[Array, "T"]:
+        """Absolute position of each packed row; 0 for padding rows."""
+        return jnp.maximum(token_positions(self.query_starts, self.lengths, n_tokens)[1], 0)
+
+    def slots(self, cache: PagedCache, n_tokens: int) -> tuple[Int[Array, "T"], ...]:
+        """Per group, where each packed row is written."""
+        return tuple(
+            token_slots(
+                table, self.query_starts, self.lengths, n_tokens, cache.page_size, cache.pages_of_group(group)
+            )
+            for group, table in enumerate(self.page_tables)
+        )
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Pages that one group of layers needs: `pages_per_sequence` while a sequence runs, `pages` in each pool."""
+
+    window: Window
+    layers: tuple[int, ...]
+    pages_per_sequence: int
+    pages: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Size of a cache for `batch` sequences of up to `length` tokens that grow by at most `chunk` tokens a call."""
+
+    groups: tuple[GroupPlan, ...]
+    page_size: int
+    length: int
+
+    @property
+    def table_width(self) -> int:
+        """Entries of a page table, by absolute page number."""
+        return -(-self.length // self.page_size)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(group.n_bytes for group in self.groups)
+
+
+def pages_held(length: int, window: Window, chunk: int, page_size: int) -> int:
+    """Most pages a sequence holds at once.
+
+    A call that adds `chunk` tokens needs the `window - 1` keys before its first one and the chunk itself. That run of tokens may begin at the
+    last place of a page, which costs one page more than its length in pages.
+    """
+    all_pages = -(-length // page_size)
+    if window is None:
+        return all_pages
+    run = window - 1 + chunk
+    return min(all_pages, (run + page_size - 2) // page_size + 1)
+
+
+def plan_cache(
+    config: ModelConfig, *, batch: int, length: int, chunk: int, page_size: int, dtype: jnp.dtype
+) -> CachePlan:
+    """The plan for `batch` sequences of up to `length` tokens; one null page is added to every pool."""
+    page_bytes = 2 * page_size * config.n_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    groups = []
+    for window, layers in config.window_groups:
+        held = pages_held(length, window, chunk, page_size)
+        pages = batch * held + 1
+        groups.append(GroupPlan(window, layers, held, pages, pages * page_bytes * len(layers)))
+    return CachePlan(tuple(groups), page_size, length)
+
+
+def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype) -> PagedCache:
+    """Pools as planned. Their contents mean nothing until written."""
+    group_of_layer = [0] * config.n_layers
+    for i, group in enumerate(plan.groups):
+        for layer in group.layers:
+            group_of_layer[layer] = i
+    shapes = [
+        (plan.groups[group].pages, plan.page_size, config.n_kv_heads, config.head_dim)
+        for group in group_of_layer
+    ]
+    return PagedCache(
+        keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+        values=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+        group_of_layer=tuple(group_of_layer),
+    )

@@ -1,0 +1,78 @@
+"""Parameters by name: what a module's weights are before they exist, and how they are filled in.
+
+A model is built abstract. Every weight starts as a placeholder that knows its shape, dtype, logical axes and initialiser; shapes,
+shardings and the plan for reading a checkpoint all follow from that one tree. Names are those of the mistral layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Literal["normal", "ones"]
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One weight: its shape, one logical axis name per dimension, its dtype and how it is drawn when trained from scratch."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: jnp.dtype
+    init: Initializer = "normal"
+
+    def placeholder(self) -> nnx.Param:
+        """A parameter without memory behind it."""
+        return nnx.Param(jax.ShapeDtypeStruct(self.shape, self.dtype), axes=self.axes, init=self.init)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def parameter_specs(model: nnx.Module) -> dict[str, ParameterSpec]:
+    """Name -> what it is, for every weight of an abstract or filled model, in the model's own order."""
+    return {
+        _name(path): ParameterSpec(tuple(leaf.shape), leaf.axes, jnp.dtype(leaf.dtype), leaf.init)
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
+def parameters(model: nnx.Module) -> dict[str, jax.Array]:
+    """Name -> array of a filled model."""
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def fill(model: Module, arrays: Mapping[str, Any] | Callable[[str, ParameterSpec], Any]) -> Module:
+    """A new model whose weights are `arrays[name]` (or `arrays(name, spec)`); shapes must match those of the placeholders."""
+    graph, state = nnx.split(model)
+    specs = parameter_specs(model)
+    get = arrays if callable(arrays) else lambda name, spec: arrays[name]
+    flat = nnx.to_flat_state(state)
+    filled = []
+    for path, leaf in flat:
+        name = _name(path)
+        array = get(name, specs[name])
+        if tuple(array.shape) != specs[name].shape:
+            raise ValueError(f"{name} has shape {tuple(array.shape)}, the model expects {specs[name].shape}")
+        filled.append((path, leaf.replace(array)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def initialize(model: Module, key: jax.Array, *, std: float = 0.02) -> Module:
+    """Draws every weight: normal with standard deviation `std`, ones for norms. Deterministic in `key` and the names' order."""
+    specs = parameter_specs(model)
+    keys = dict(zip(specs, jax.random.split(key, len(specs)), strict=True))
+
+    def draw(name: str, spec: ParameterSpec) -> jax.Array:
+        if spec.init == "ones":
+            return jnp.ones(spec.shape, spec.dtype)
+        return (std * jax.random.normal(keys[name], spec.shape, jnp.float32)).astype(spec.dtype)
+
+    return fill(model, draw)

@@ -1,0 +1,103 @@
+"""The two attention operations written for the reader: dense, masked, float32. They define what the fast ones must equal.
+
+Nothing here is meant to be fast: scores of every query against every key are held at once.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from .visibility import visible
+
+
+def masked_softmax_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    mask: Bool[Array, "B T S"],
+    scale: float,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Softmax attention under `mask` and its log-sum-exp, both in float32.
+
+    Query head n reads key head `n // (N / K)`. Rows that see nothing give zeros and a log-sum-exp of -inf. Masked
+    keys and values may be NaN: they are replaced before any product.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    seen_by_any = mask.any(axis=1)[:, :, None, None]
+    k = jnp.where(seen_by_any, k.astype(jnp.float32), 0.0)
+    v = jnp.where(seen_by_any, v.astype(jnp.float32), 0.0)
+    grouped = q.astype(jnp.float32).reshape(B, T, K, N // K, H)
+    precision = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, precision=precision) * scale
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = jnp.einsum(
+        "BKGTS,BSKH->BTKGH", weights / jnp.where(total > 0, total, 1.0), v, precision=precision
+    )
+    lse = jnp.log(total) + jnp.where(jnp.isfinite(top), top, 0.0)
+    return mixed.reshape(B, T, N, -1), lse[..., 0].transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+def flash_attention_reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    *,
+    window: int | None,
+    query_segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    scale: float,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """`flash_attention` by definition. Query i stands at position `query_offset + i`, key j at position j."""
+    (B, T), S = q.shape[:2], k.shape[1]
+    positions = query_offset + jnp.arange(T, dtype=jnp.int32)
+    mask = visible(positions[:, None], jnp.arange(S, dtype=jnp.int32)[None, :], window)[None]  # [1, T, S]
+    if query_segments is not None and key_segments is not None:
+        mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
+    out, lse = masked_softmax_attention(q, k, v, jnp.broadcast_to(mask, (B, T, S)), scale)
+    return out.astype(q.dtype), lse
+
+
+def token_positions(
+    query_starts: Int[Array, "B+1"], lengths: Int[Array, "B"], n_tokens: int
+) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
+    """For each packed query row: its sequence and its position, both -1 for padding rows.
+
+    Rows `query_starts[b] .. query_starts[b+1]-1` are the last queries of sequence b, so the i-th of its n rows stands at
+    position `lengths[b] - n + i`. Rows from `query_starts[-1]` on are padding.
+    """
+    row = jnp.arange(n_tokens, dtype=jnp.int32)
+    sequence = jnp.searchsorted(query_starts, row, side="right").astype(jnp.int32) - 1
+    real = row < query_starts[-1]
+    safe = jnp.clip(sequence, 0, lengths.shape[0] - 1)
+    position = lengths[safe] - query_starts[safe + 1] + row
+    return jnp.where(real, safe, -1), jnp.where(real, position, -1)
+
+
+def paged_attention_reference(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "P page K H"],
+    v_pages: Float[Array, "P page K Hv"],
+    page_table: Int[Array, "B pages"],
+    query_starts: Int[Array, "B+1"],
+    lengths: Int[Array, "B"],
+    *,
+    window: int | None,
+    scale: float,
+) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
+    """`paged_attention` by definition: every query row gathers the whole page table of its sequence and masks."""
+    T, page = q.shape[0], k_pages.shape[1]
+    sequence, position = token_positions(query_starts, lengths, T)
+    rows = page_table[jnp.clip(sequence, 0)]  # [T, pages]
+    keys = k_pages[rows].reshape(T, -1, *k_pages.shape[2:])  # [T, S, K, H]
+    values = v_pages[rows].reshape(T, -1, *v_pages.shape[2:])
+    at = jnp.arange(rows.shape[1] * page, dtype=jnp.int32)
+    mask = visible(position[:, None], at[None, :], window) & (position >= 0)[:, None]  # [T, S]
+    out, lse = masked_softmax_attention(q[:, None], keys, values, mask[:, None], scale)
+    return out[:, 0].astype(q.dtype), lse[:, 0]
