@@ -104,14 +104,10 @@ def _check(q: Array, k: Array, v: Array, window: int | None, implementation: str
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k has head width {k.shape[-1]}, q has {q.shape[-1]}: they must be equal")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v has batch, length and heads {v.shape[:3]}, k has {k.shape[:3]}: they must be equal"
-        )
+        raise ValueError(f"v has batch, length and heads {v.shape[:3]}, k has {k.shape[:3]}: they must be equal")
     check_heads_and_window(q.shape[2], k.shape[2], window)
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r}: expected 'auto' or one of {sorted(IMPLEMENTATIONS)}"
-        )
+        raise ValueError(f"implementation={implementation!r}: expected 'auto' or one of {sorted(IMPLEMENTATIONS)}")
 
 
 def _split_segments(

@@ -70,9 +70,7 @@ def token_slots(
     Padding rows, positions past the page table, and null pages give `P * page`, one past the end, which `write_pages` drops.
     """
     sequence, position = token_positions(query_starts, lengths, n_tokens)
-    page = page_table.at[jnp.clip(sequence, 0), jnp.clip(position, 0) // page_size].get(
-        mode="fill", fill_value=0
-    )
+    page = page_table.at[jnp.clip(sequence, 0), jnp.clip(position, 0) // page_size].get(mode="fill", fill_value=0)
     writable = (position >= 0) & (page > 0) & (page < n_pages)
     return jnp.where(writable, page * page_size + position % page_size, n_pages * page_size)
 
@@ -98,9 +96,7 @@ def _check(
     implementation: str,
 ) -> None:
     if k_pages.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"k_pages has head width {k_pages.shape[-1]}, q has {q.shape[-1]}: they must be equal"
-        )
+        raise ValueError(f"k_pages has head width {k_pages.shape[-1]}, q has {q.shape[-1]}: they must be equal")
     if v_pages.shape[:3] != k_pages.shape[:3]:
         raise ValueError(
             f"v_pages is {v_pages.shape[:3]} and k_pages {k_pages.shape[:3]} in pages, size and heads: equal ones expected"
@@ -111,6 +107,4 @@ def _check(
         )
     check_heads_and_window(q.shape[1], k_pages.shape[2], window)
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r}: expected 'auto' or one of {sorted(IMPLEMENTATIONS)}"
-        )
+        raise ValueError(f"implementation={implementation!r}: expected 'auto' or one of {sorted(IMPLEMENTATIONS)}")

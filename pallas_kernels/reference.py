@@ -36,9 +36,7 @@ def masked_softmax_attention(
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
     total = weights.sum(axis=-1, keepdims=True)
-    mixed = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", weights / jnp.where(total > 0, total, 1.0), v, precision=precision
-    )
+    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights / jnp.where(total > 0, total, 1.0), v, precision=precision)
     lse = jnp.log(total) + jnp.where(jnp.isfinite(top), top, 0.0)
     return mixed.reshape(B, T, N, -1), lse[..., 0].transpose(0, 3, 1, 2).reshape(B, T, N)
 

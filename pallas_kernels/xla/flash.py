@@ -62,9 +62,7 @@ def flash_attention_xla(
         _pad(_or_zeros(key_segments, (B, S)), 1, shape.key_block),
     )
     # Heads in front: each product below is then one batched matrix product per key head, [G * block, H] x [H, block].
-    queries = _pad(
-        q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4), 3, shape.query_block
-    )  # [B, K, G, T, H]
+    queries = _pad(q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4), 3, shape.query_block)  # [B, K, G, T, H]
     keys = _pad(k.transpose(0, 2, 1, 3), 2, shape.key_block)  # [B, K, S, H]
     values = _pad(v.transpose(0, 2, 1, 3), 2, shape.key_block)
     out, lse = _blockwise(shape, queries, keys, values, positions)
@@ -161,9 +159,7 @@ def _forward_with_residuals(
     return (out, lse), (q, k, v, positions, out, lse)
 
 
-def _backward(
-    shape: Shape, residuals: tuple, cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, Array, Positions]:
+def _backward(shape: Shape, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple[Array, Array, Array, Positions]:
     q, k, v, positions, out, lse = residuals
     d_out, d_lse = cotangents
     # dS = P * (dP - sum(dO * O) + dLSE): the last two are one number per row.
@@ -191,9 +187,7 @@ def _backward(
             return dq_block, _add_at(dk, dk_block, k_start), _add_at(dv, dv_block, k_start)
 
         dq_start = jnp.zeros(q_block.shape, jnp.float32)
-        dq_block, dk, dv = jax.lax.fori_loop(
-            *_bounds(shape, positions, q_start), one_key_block, (dq_start, *carry)
-        )
+        dq_block, dk, dv = jax.lax.fori_loop(*_bounds(shape, positions, q_start), one_key_block, (dq_start, *carry))
         return (dk, dv), dq_block.astype(q.dtype)
 
     starts = jnp.arange(0, q.shape[3], shape.query_block, dtype=jnp.int32)

@@ -53,9 +53,7 @@ def paged_attention_xla(
 
     def one_step(step: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, acc = carry
-        page_numbers = (start + step)[:, None] * pages_per_block + jnp.arange(
-            pages_per_block, dtype=jnp.int32
-        )
+        page_numbers = (start + step)[:, None] * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
         page_ids = page_table.at[tiles.sequence[:, None], page_numbers].get(mode="fill", fill_value=0)
         at = (start + step)[:, None] * block + jnp.arange(block, dtype=jnp.int32)  # [M, block]
         mask = visible(tiles.position[:, :, None], at[:, None, :], window) & (tiles.position >= 0)[:, :, None]
@@ -68,9 +66,7 @@ def paged_attention_xla(
         finite_top = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
         weights = jnp.exp(scores - finite_top[..., None])
         decay = jnp.exp(top - finite_top)
-        mixed = jnp.einsum(
-            "MKGTS,MSKH->MKGTH", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
-        )
+        mixed = jnp.einsum("MKGTS,MSKH->MKGTH", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
         return new_top, total * decay + weights.sum(axis=-1), acc * decay[..., None] + mixed
 
     rows = queries.shape[:4]

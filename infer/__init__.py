@@ -1,0 +1,1 @@
+"""Using a model: scoring, generation over the paged cache, chat."""

@@ -1,0 +1,318 @@
+"""Generation: chunked prefill and decoding of a batch of prompts over the paged cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ministral_jax.cache import CachePlan, PagedBatch, PagedCache, allocate_cache, plan_cache
+from ministral_jax.errors import RequestError
+from ministral_jax.tokenizer import Tokenizer, TextStream
+from ministral_jax.transformer import Transformer
+
+from .answer import Answer, Completion, Piece, TokenLogprob
+from .decoding import MAX_STEPS, Choice, DecodeState, Ends, Steps, compiled_steps
+from .pages import PageTables
+from .sampling import SamplingArrays, SamplingMode, SamplingParams, batch_arrays, batch_mode, start_history
+
+PAGE_SIZE = 64  # tokens: a page of one layer of Ministral 8B is 256 KB in bfloat16, one efficient transfer
+PREFILL_CHUNK = 512  # prompt tokens of one call: enough to keep matrix units busy, small beside a window
+MIN_CHUNK, MIN_LENGTH = 16, 256  # smallest buckets: programs are compiled per power of two from here up
+MAX_BATCH = 64
+STREAM_SECONDS, BATCH_SECONDS = 0.05, 0.5  # how long the device may run before the host looks at the tokens
+
+
+@dataclass
+class Timing:
+    """Seconds and tokens of the last run, compilation included on first use."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+@dataclass
+class _Run:
+    """A batch under way: B rows, of which the first `len(prompts)` are real."""
+
+    prompts: list[np.ndarray]
+    lengths: np.ndarray
+    limits: np.ndarray
+    mode: SamplingMode
+    sampling: SamplingArrays
+    ends: Ends
+    tables: PageTables
+    cache: PagedCache
+    plan: CachePlan
+    answers: list[Answer]
+    held: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+
+class Generator:
+    """Continues prompts with a model.
+
+    Args:
+      model: a filled Transformer.
+      tokenizer: for text and the end-of-sequence token; None when only token ids are used.
+      max_length: longest prompt plus answer, in tokens; None for what the model was published for.
+      page_size: tokens of a cache page.
+      prefill_chunk: prompt tokens of one call; a power of two.
+
+    `timing` describes the last run, `cache_bytes` the cache it allocated.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_length: int | None = None,
+        page_size: int = PAGE_SIZE,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length = min(max_length or model.config.max_length, model.config.max_length)
+        self.page_size, self.prefill_chunk = page_size, prefill_chunk
+        graph, self._weights = nnx.split(model)
+        self._steps: Steps = compiled_steps(graph)
+        self._dtype = model.norm.weight[...].dtype
+        self._kept: tuple[CachePlan, PagedCache] | None = None
+        self.timing = Timing()
+        self.cache_bytes = 0
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continues every prompt (token ids) to its end; results in the order of the prompts."""
+        pieces: list[list[Piece]] = [[] for _ in prompts]
+        for piece in self.stream_ids(prompts, params, seconds_per_call=BATCH_SECONDS):
+            pieces[piece.index].append(piece)
+        return [
+            Completion(
+                ids=tuple(i for piece in own for i in piece.ids),
+                text="".join(piece.text for piece in own),
+                finish_reason=own[-1].finish_reason or "length",
+                prompt_length=len(prompt),
+                logprobs=tuple(entry for piece in own for entry in piece.logprobs),
+            )
+            for prompt, own in zip(prompts, pieces, strict=True)
+        ]
+
+    def stream_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        seconds_per_call: float = STREAM_SECONDS,
+    ) -> Iterator[Piece]:
+        """Continues prompts of token ids, yielding pieces as they come.
+
+        Args:
+          prompts: token ids, each with at least one.
+          params: one for all prompts or one for each; greedy by default.
+          seconds_per_call: about how long the device decodes before the host sees the tokens.
+
+        Raises RequestError before any work for prompts that are empty, too long, or outside the vocabulary.
+        """
+        every = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        if len(every) != len(prompts):
+            raise RequestError(f"{len(every)} sampling params for {len(prompts)} prompts: give one, or one for each")
+        limits = [self._limit(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, every, strict=True))]
+        self.timing = Timing()
+        for start in range(0, len(prompts), MAX_BATCH):
+            part = slice(start, start + MAX_BATCH)
+            yield from self._run(start, prompts[part], list(every[part]), limits[part], seconds_per_call)
+
+    def _limit(self, index: int, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Tokens that a request may produce, after checking it."""
+        name = f"prompt {index}"
+        if not len(prompt):
+            raise RequestError(f"{name} is empty: expected at least one token")
+        vocab = self.model.config.vocab_size
+        outside = next((token for token in prompt if not 0 <= token < vocab), None)
+        if outside is not None:
+            raise RequestError(f"{name} has token id {outside}: expected 0 to {vocab - 1}, the model's vocabulary")
+        room = self.max_length - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"{name} has {len(prompt)} tokens: expected at most {self.max_length - 1}, "
+                f"since the context holds {self.max_length} with the answer"
+            )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer: give the model's, or use stop_ids")
+        return room if params.max_tokens is None else min(room, params.max_tokens)
+
+    def _run(
+        self,
+        first_index: int,
+        prompts: Sequence[Sequence[int]],
+        params: list[SamplingParams],
+        limits: list[int],
+        seconds_per_call: float,
+    ) -> Iterator[Piece]:
+        run = self._begin(first_index, prompts, params, limits)
+        began = time.perf_counter()
+        hidden = self._prefill(run)
+        state, choice = self._steps.start(
+            self._weights,
+            hidden,
+            jnp.asarray(run.lengths),
+            run.ends,
+            run.sampling,
+            start_history([p.tolist() for p in run.prompts], self.model.config.vocab_size, run.mode),
+            mode=run.mode,
+        )
+        yield from self._hand_out(run, jax.tree.map(lambda x: np.asarray(x)[None], choice), np.ones((1, len(params))))
+        self.timing.prefill_seconds += time.perf_counter() - began
+        self.timing.prompt_tokens += int(run.lengths.sum())
+        n_steps = 1
+        while any(answer.finish_reason is None for answer in run.answers):
+            began = time.perf_counter()
+            state, steps, pieces = self._decode(run, state, n_steps)
+            seconds = time.perf_counter() - began
+            self.timing.decode_seconds += seconds
+            # Doubling at most: the first call may have compiled, and its time says nothing about a step.
+            n_steps = int(np.clip(seconds_per_call / max(seconds / steps, 1e-6), 1, min(2 * n_steps, MAX_STEPS)))
+            yield from pieces
+        self._kept = (run.plan, run.cache)
+
+    def _begin(
+        self, first_index: int, prompts: Sequence[Sequence[int]], params: list[SamplingParams], limits: list[int]
+    ) -> _Run:
+        """Lays out the batch: B and the cache's length are powers of two, so that few programs are compiled."""
+        B = _bucket(len(prompts), 1)
+        real = [np.asarray(prompt, np.int32) for prompt in prompts]
+        spare = B - len(prompts)
+        lengths = np.array([len(prompt) for prompt in real] + [0] * spare, np.int32)
+        longest = max(len(p) + limit for p, limit in zip(real, limits, strict=True))
+        length = min(_bucket(longest, MIN_LENGTH), self.max_length)
+        plan = plan_cache(
+            self.model.config,
+            batch=B,
+            length=length,
+            chunk=max(self.prefill_chunk, MAX_STEPS),
+            page_size=self.page_size,
+            dtype=self._dtype,
+        )
+        padded = params + [SamplingParams(seed=0)] * spare
+        stop_ids = [self._stop_ids(p) for p in params]
+        width = max(1, *(len(ids) for ids in stop_ids))
+        stops = np.full((B, width), -1, np.int32)
+        for row, ids in zip(stops, stop_ids, strict=False):
+            row[: len(ids)] = ids
+        answers = [
+            Answer(first_index + i, p, limit, ids, TextStream(self.tokenizer) if self.tokenizer else None)
+            for i, (p, limit, ids) in enumerate(zip(params, limits, stop_ids, strict=True))
+        ]
+        all_limits = np.array(limits + [0] * spare, np.int32)
+        return _Run(
+            prompts=real + [np.zeros(0, np.int32)] * spare,
+            lengths=lengths,
+            limits=all_limits,
+            mode=batch_mode(params),
+            sampling=batch_arrays(padded),
+            ends=Ends(jnp.asarray(stops), jnp.asarray(all_limits)),
+            tables=PageTables(plan, B),
+            cache=self._take_cache(plan),
+            plan=plan,
+            answers=answers,
+            held=lengths.copy(),
+        )
+
+    def _stop_ids(self, params: SamplingParams) -> list[int]:
+        eos = [] if self.tokenizer is None or params.ignore_eos else [self.tokenizer.eos_id]
+        return sorted({*params.stop_ids, *eos})
+
+    def _take_cache(self, plan: CachePlan) -> PagedCache:
+        """The pools of the last run if they fit, else new ones, after letting go of the old."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept[0] == plan:
+            return kept[1]
+        del kept
+        cache = allocate_cache(self.model.config, plan, self._dtype)
+        self.cache_bytes = cache.n_bytes
+        return cache
+
+    def _prefill(self, run: _Run) -> jax.Array:
+        """Runs all prompts through the model in packed chunks; returns each last token's hidden state, [B, D]."""
+        B = len(run.lengths)
+        hidden = jnp.zeros((B, self.model.config.dim), self._dtype)
+        done = np.zeros(B, np.int32)
+        while (done < run.lengths).any():
+            counts, room = np.zeros(B, np.int32), self.prefill_chunk
+            for b in range(B):
+                counts[b] = min(run.lengths[b] - done[b], room)
+                room -= counts[b]
+                if counts[b]:
+                    run.tables.advance(b, int(done[b]), int(done[b] + counts[b]))
+            starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+            tokens = np.zeros(_bucket(int(starts[-1]), min(MIN_CHUNK, self.prefill_chunk)), np.int32)
+            for b in np.flatnonzero(counts):
+                tokens[starts[b] : starts[b + 1]] = run.prompts[b][done[b] : done[b] + counts[b]]
+            done = done + counts  # a new array: the device may still be reading the old one
+            finished = (counts > 0) & (done == run.lengths)
+            hidden, run.cache = self._steps.prefill(
+                self._weights,
+                run.cache,
+                hidden,
+                jnp.asarray(tokens),
+                PagedBatch(self._page_tables(run), jnp.asarray(starts), jnp.asarray(done)),
+                jnp.asarray(np.where(finished, starts[1:] - 1, -1).astype(np.int32)),
+            )
+        return hidden
+
+    def _decode(self, run: _Run, state: DecodeState, n_steps: int) -> tuple[DecodeState, int, list[Piece]]:
+        running = np.array([answer.finish_reason is None for answer in run.answers])
+        for b in np.flatnonzero(running):
+            start = int(run.held[b])
+            last = int(run.lengths[b] + run.limits[b])
+            run.tables.advance(b, start, min(start + n_steps, last))
+        run.cache, state, produced = self._steps.decode(
+            self._weights,
+            run.cache,
+            state,
+            self._page_tables(run),
+            run.ends,
+            run.sampling,
+            jnp.asarray(n_steps, jnp.int32),
+            mode=run.mode,
+        )
+        choices, active, steps = jax.device_get((produced.choices, produced.active, produced.n_steps))
+        run.held += active[:steps].sum(axis=0, dtype=np.int32)
+        pieces = list(self._hand_out(run, jax.tree.map(lambda x: x[:steps], choices), active[:steps]))
+        ended = np.array([answer.finish_reason is not None for answer in run.answers])
+        for b in np.flatnonzero(running & ended):
+            run.tables.release(b)
+        still = np.zeros(len(run.lengths), bool)
+        still[: len(ended)] = ~ended
+        return state._replace(active=state.active & jnp.asarray(still)), int(steps), pieces
+
+    def _hand_out(self, run: _Run, choices: Choice, active: np.ndarray) -> Iterator[Piece]:
+        """Gives each sequence its tokens of one call ([steps, B]) and yields what came of it."""
+        for b, answer in enumerate(run.answers):
+            if answer.finish_reason is not None:
+                continue
+            for step in np.flatnonzero(active[:, b]):
+                top = zip(choices.top_ids[step, b].tolist(), choices.top_logprobs[step, b].tolist(), strict=True)
+                answer.push(TokenLogprob(int(choices.tokens[step, b]), float(choices.logprobs[step, b]), tuple(top)))
+                self.timing.new_tokens += 1
+            piece = answer.take()
+            if piece is not None:
+                yield piece
+
+    @staticmethod
+    def _page_tables(run: _Run) -> tuple[jax.Array, ...]:
+        # A copy: the host goes on changing its tables while the device may still read these.
+        return tuple(jnp.asarray(table.copy()) for table in run.tables.tables)
+
+
+def _bucket(n: int, least: int) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
