@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,26 +17,41 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ConfigError(f"{name}={value!r} is not allowed: expected {expected}")
 
 
+# Positions and sizes travel as int32.
+INT32_MAX = 2**31 - 1
+# Larger numbers overflow products in float32.
+LARGEST_NUMBER = 1e18
+
+
+def _is_whole(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= INT32_MAX
+
+
 def _require_positive_int(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(whole and value > 0, name, value, "a positive integer")
+        _require(_is_whole(value, 1), name, value, "a positive integer below 2**31")
+
+
+def _require_count(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(_is_whole(value, 0), name, value, "a whole number, 0 or more, below 2**31")
 
 
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _require(real and value > 0, name, value, "a positive finite number")
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(real and 0 < value <= LARGEST_NUMBER, name, value, f"a positive number up to {LARGEST_NUMBER:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
     """Context extension of RoPE by parts (YaRN, arXiv 2309.00071).
 
-    Frequencies that turn more than `beta_fast` times within `original_length` tokens are kept, those that turn fewer than
-    `beta_slow` times are divided by `factor`, and between the two a linear ramp blends them. `attention_factor`
+    Frequencies that turn more than `beta_fast` times within `original_length` tokens are kept, those that turn fewer
+    than `beta_slow` times are divided by `factor`, and between the two a linear ramp blends them. `attention_factor`
     multiplies cosine and sine; 1.0 where a file says `apply_scale: false`.
     """
 
@@ -51,6 +65,8 @@ class YarnConfig:
         _require_positive(self, "factor", "beta_fast", "beta_slow", "attention_factor")
         _require_positive_int(self, "original_length")
         _require(self.factor >= 1.0, "yarn.factor", self.factor, "a number of at least 1")
+        _require(self.beta_fast >= self.beta_slow, "yarn.beta_fast", self.beta_fast,
+                 f"at least beta_slow={self.beta_slow}")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +95,7 @@ class TemperatureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Mixture of experts. Layers before `first_dense_layers` keep the dense feed-forward of `ModelConfig.hidden_dim`."""
+    """Mixture of experts. Layers before `first_dense_layers` keep the dense feed-forward of `hidden_dim`."""
 
     n_experts: int
     experts_per_token: int
@@ -90,6 +106,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         _require_positive_int(self, "n_experts", "experts_per_token", "expert_hidden_dim")
+        _require_count(self, "n_shared_experts", "first_dense_layers")
         _require(self.experts_per_token <= self.n_experts, "experts_per_token", self.experts_per_token,
                  f"at most n_experts={self.n_experts}")  # fmt: skip
         _require_positive(self, "routed_scale")
@@ -97,7 +114,7 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttentionConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, and keys and values from one latent."""
+    """Latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, and keys and values from one latent."""
 
     q_rank: int
     kv_rank: int
@@ -112,7 +129,11 @@ class LatentAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The Pixtral vision tower and the adapter that turns its patches into token embeddings."""
+    """The Pixtral vision tower and the adapter that turns its patches into token embeddings.
+
+    With `patch_merge`, blocks of `spatial_merge_size` squared patches become one token. A break or end token of -1
+    means that the model has none.
+    """
 
     dim: int
     n_layers: int
@@ -123,6 +144,7 @@ class VisionConfig:
     n_channels: int = 3
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    patch_merge: bool = False
     spatial_merge_size: int = 1
     pre_projector_norm: bool = False
     adapter_bias: bool = False
@@ -160,11 +182,11 @@ QuantizationFormat = Literal["fp8_tensor", "fp8_block", "int8_channel", "nvfp4"]
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """How the projections are stored. `raw` is the file's own block, kept to be written back."""
+    """How the projections are stored. `raw` is the file's own block, kept to be written back; `==` ignores it."""
 
     format: QuantizationFormat
     activations: Literal["none", "static", "dynamic"]
-    raw: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +194,9 @@ class ModelConfig:
     """Everything that decides shapes and mathematics of one model.
 
     `windows[i]` is the attention window of layer i in tokens, the current one included, or None for full
-    attention. `max_length` is the longest context the model was published for. `extra` holds the keys of
-    the source file that we do not interpret, so that they can be written back.
+    attention. `max_length` is the longest context the model was published for. `extra` is {"mistral": document} or
+    {"hf": document}, the parsed source file, from which keys that we do not interpret are written back; `==`
+    ignores it.
     """
 
     dim: int
@@ -193,7 +216,7 @@ class ModelConfig:
     latent: LatentAttentionConfig | None = None
     vision: VisionConfig | None = None
     quantization: QuantizationConfig | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _require_positive_int(

@@ -1,4 +1,4 @@
-"""Which of the two published layouts a folder holds. One rule, used for configs, for weights and for choosing hub files."""
+"""Which of the two published layouts a folder holds: one rule for configs, weights and the choice of hub files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MISTRAL_WEIGHTS = "consolidated*.safetensors"
 def layout_of(names: Iterable[str]) -> Layout | None:
     """Layout of a folder with files called `names`; None where no config is among them.
 
-    With both configs side by side the mistral layout is read when its weights (`consolidated*.safetensors`) are there, else the HF layout:
-    never both, since each holds all tensors.
+    With both configs side by side the mistral layout is read when its weights (`consolidated*.safetensors`) are there,
+    else the HF layout: never both, since each holds all tensors.
     """
     present = set(names)
     if CONFIG_FILE_NAMES["mistral"] not in present:
