@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from .sampling import SamplingParams
 from .stopping import StopStrings
@@ -12,6 +12,7 @@ from .stopping import StopStrings
 FinishReason = Literal["stop", "length"]
 
 
+@runtime_checkable
 class TextStream(Protocol):
     """Turns token ids into text one at a time (see `ministral_jax.tokenizer`)."""
 

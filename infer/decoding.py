@@ -1,4 +1,4 @@
-"""The compiled steps of generation: a prefill chunk, the first token, and a loop of decode steps that stays on the device."""
+"""The compiled steps of generation: a prefill chunk, the first token, and a loop of decode steps on the device."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _decode(
     n_steps: Int[Array, ""],
     mode: SamplingMode,
 ) -> tuple[PagedCache, DecodeState, Produced]:
-    """Up to `n_steps` decode steps, fewer if every sequence ends. `n_steps` is data: any number runs the same program."""
+    """Up to `n_steps` decode steps, fewer if every sequence ends. `n_steps` is data: any number runs one program."""
     model: Transformer = nnx.merge(graph, weights)
     B = state.tokens.shape[0]
     top = mode.top_logprobs or 0

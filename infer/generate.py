@@ -13,7 +13,7 @@ from flax import nnx
 
 from ministral_jax.cache import CachePlan, PagedBatch, PagedCache, allocate_cache, plan_cache
 from ministral_jax.errors import RequestError
-from ministral_jax.tokenizer import Tokenizer, TextStream
+from ministral_jax.tokenizer import TextStream, Tokenizer
 from ministral_jax.transformer import Transformer
 
 from .answer import Answer, Completion, Piece, TokenLogprob
@@ -254,7 +254,7 @@ class Generator:
                     run.tables.advance(b, int(done[b]), int(done[b] + counts[b]))
             starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
             tokens = np.zeros(_bucket(int(starts[-1]), min(MIN_CHUNK, self.prefill_chunk)), np.int32)
-            for b in np.flatnonzero(counts):
+            for b in np.flatnonzero(counts).tolist():
                 tokens[starts[b] : starts[b + 1]] = run.prompts[b][done[b] : done[b] + counts[b]]
             done = done + counts  # a new array: the device may still be reading the old one
             finished = (counts > 0) & (done == run.lengths)
@@ -270,7 +270,7 @@ class Generator:
 
     def _decode(self, run: _Run, state: DecodeState, n_steps: int) -> tuple[DecodeState, int, list[Piece]]:
         running = np.array([answer.finish_reason is None for answer in run.answers])
-        for b in np.flatnonzero(running):
+        for b in np.flatnonzero(running).tolist():
             start = int(run.held[b])
             last = int(run.lengths[b] + run.limits[b])
             run.tables.advance(b, start, min(start + n_steps, last))
@@ -288,7 +288,7 @@ class Generator:
         run.held += active[:steps].sum(axis=0, dtype=np.int32)
         pieces = list(self._hand_out(run, jax.tree.map(lambda x: x[:steps], choices), active[:steps]))
         ended = np.array([answer.finish_reason is not None for answer in run.answers])
-        for b in np.flatnonzero(running & ended):
+        for b in np.flatnonzero(running & ended).tolist():
             run.tables.release(b)
         still = np.zeros(len(run.lengths), bool)
         still[: len(ended)] = ~ended
@@ -299,7 +299,7 @@ class Generator:
         for b, answer in enumerate(run.answers):
             if answer.finish_reason is not None:
                 continue
-            for step in np.flatnonzero(active[:, b]):
+            for step in np.flatnonzero(active[:, b]).tolist():
                 top = zip(choices.top_ids[step, b].tolist(), choices.top_logprobs[step, b].tolist(), strict=True)
                 answer.push(TokenLogprob(int(choices.tokens[step, b]), float(choices.logprobs[step, b]), tuple(top)))
                 self.timing.new_tokens += 1

@@ -10,8 +10,8 @@ from ministral_jax.cache import CachePlan, PagedCache
 class PageTables:
     """Page tables of a fixed number of sequences, one per window group, with the free pages of each group.
 
-    A sequence asks for the positions that it is about to write; pages that its window has left go back first. With a cache
-    planned for the same number of sequences and the same chunk, pages cannot run out.
+    A sequence asks for the positions that it is about to write; pages that its window has left go back first. With a
+    cache planned for the same number of sequences and the same chunk, pages cannot run out.
     """
 
     def __init__(self, plan: CachePlan, n_sequences: int) -> None:

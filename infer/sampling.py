@@ -195,7 +195,7 @@ def choose(
     produced: Int[Array, "B"],
     mode: SamplingMode,
 ) -> Choice:
-    """The next token of every sequence. `produced` counts the tokens a sequence has, which indexes its random stream."""
+    """The next token of every sequence. `produced` counts the tokens it has, which indexes its random stream."""
     adjusted = penalise(logits, arrays, history) if mode.penalised else logits
     tokens = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
     if mode.stochastic:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .config import ModelConfig, TemperatureConfig
@@ -15,6 +16,7 @@ from .rope import apply_rope, rotation
 Memory = TypeVar("Memory")
 
 
+@runtime_checkable
 class Attend(Protocol[Memory]):
     """How queries meet keys: over the sequence at hand, or through a cache that is handed on as `memory`."""
 
@@ -31,8 +33,8 @@ class Attend(Protocol[Memory]):
 class Rotation(NamedTuple):
     """What positions do to queries and keys; the same for every layer, so computed once per call."""
 
-    cos: Float[Array, "*T H/2"]
-    sin: Float[Array, "*T H/2"]
+    cos: Float[Array, "*T half"]
+    sin: Float[Array, "*T half"]
     temperature: Float[Array, "*T"] | None
 
     @staticmethod
@@ -43,9 +45,9 @@ class Rotation(NamedTuple):
 
 
 def attention_temperature(positions: Int[Array, "*T"], temperature: TemperatureConfig) -> Float[Array, "*T"]:
-    """Factor of the rotated query at absolute `positions`: `1 + beta * ln(1 + floor(position / original_length))`, float32.
+    """Factor of the rotated query at absolute `positions`: `1 + beta * ln(1 + floor(position / original_length))`.
 
-    As in Llama 4; it is exactly 1 within the original length.
+    Float32, as in Llama 4; it is exactly 1 within the original length.
     """
     periods = (positions // temperature.original_length).astype(jnp.float32)
     return 1.0 + temperature.beta * jnp.log1p(periods)
@@ -54,7 +56,7 @@ def attention_temperature(positions: Int[Array, "*T"], temperature: TemperatureC
 class Attention(nnx.Module):
     """wq, wk, wv, wo, with queries and keys rotated by their positions."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
         self.head_dim = config.head_dim
         n_q, n_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.wq = Linear(n_q, config.dim, ("heads", "embed"), dtype)

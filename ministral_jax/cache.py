@@ -1,7 +1,7 @@
-"""The paged key/value cache as a pytree, what one call asks of it, and its size. Who owns which page is the caller's business.
+"""The paged key/value cache as a pytree, what one call asks of it, and its size. Who owns a page, the caller decides.
 
-Layers with the same window form a group and share page tables. Each layer has its own pools, so that a donated cache is updated in place.
-Page 0 of every pool is the null page: never allocated, never read.
+Layers with the same window form a group and share page tables. Each layer has its own pools, so that a donated cache is
+updated in place. Page 0 of every pool is the null page: never allocated, never read.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from pallas_kernels.reference import token_positions
 from .config import ModelConfig, Window
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["group_of_layer"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["group_of_layer"])
 @dataclass(frozen=True)
 class PagedCache:
     """Pools of pages, one pair per layer."""
 
-    keys: tuple[Float[Array, "P page K H"], ...]
-    values: tuple[Float[Array, "P page K H"], ...]
+    keys: tuple[Float[Array, "_ page K H"], ...]
+    values: tuple[Float[Array, "_ page K H"], ...]
     group_of_layer: tuple[int, ...]
 
     @property
@@ -58,10 +56,10 @@ class PagedCache:
 )
 @dataclass(frozen=True)
 class PagedBatch:
-    """Which tokens one call brings: `query_starts` and `lengths` as paged_attention takes them, and a page table per group."""
+    """Which tokens one call brings: `query_starts` and `lengths` as in paged_attention, and a page table per group."""
 
     page_tables: tuple[Int[Array, "B pages"], ...]
-    query_starts: Int[Array, "B+1"]
+    query_starts: Int[Array, "B_plus_1"]
     lengths: Int[Array, "B"]
 
     def positions(self, n_tokens: int) -> Int[Array, "T"]:
@@ -71,9 +69,7 @@ class PagedBatch:
     def slots(self, cache: PagedCache, n_tokens: int) -> tuple[Int[Array, "T"], ...]:
         """Per group, where each packed row is written."""
         return tuple(
-            token_slots(
-                table, self.query_starts, self.lengths, n_tokens, cache.page_size, cache.pages_of_group(group)
-            )
+            token_slots(table, self.query_starts, self.lengths, n_tokens, cache.page_size, cache.pages_of_group(group))
             for group, table in enumerate(self.page_tables)
         )
 
@@ -110,8 +106,8 @@ class CachePlan:
 def pages_held(length: int, window: Window, chunk: int, page_size: int) -> int:
     """Most pages a sequence holds at once.
 
-    A call that adds `chunk` tokens needs the `window - 1` keys before its first one and the chunk itself. That run of tokens may begin at the
-    last place of a page, which costs one page more than its length in pages.
+    A call that adds `chunk` tokens needs the `window - 1` keys before its first one and the chunk itself. That run of
+    tokens may begin at the last place of a page, which costs one page more than its length in pages.
     """
     all_pages = -(-length // page_size)
     if window is None:
@@ -140,8 +136,7 @@ def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype) -> Pa
         for layer in group.layers:
             group_of_layer[layer] = i
     shapes = [
-        (plan.groups[group].pages, plan.page_size, config.n_kv_heads, config.head_dim)
-        for group in group_of_layer
+        (plan.groups[group].pages, plan.page_size, config.n_kv_heads, config.head_dim) for group in group_of_layer
     ]
     return PagedCache(
         keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),

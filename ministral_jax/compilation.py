@@ -15,7 +15,7 @@ def cache_directory() -> Path:
 
 
 def keep_compiled_programs() -> None:
-    """Turns jax's persistent compilation cache on, unless the user configured one; an empty MINISTRAL_CACHE keeps it off."""
+    """Turns jax's persistent compilation cache on, unless one is set up. An empty MINISTRAL_CACHE keeps it off."""
     import jax
 
     if os.environ.get("MINISTRAL_CACHE") == "" or jax.config.jax_compilation_cache_dir is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .linear import Linear
@@ -13,7 +13,7 @@ from .linear import Linear
 class FeedForward(nnx.Module):
     """`w2(silu(w1(x)) * w3(x))`: w1 is the gate, w3 the up and w2 the down projection."""
 
-    def __init__(self, dim: int, hidden_dim: int, dtype: jnp.dtype) -> None:
+    def __init__(self, dim: int, hidden_dim: int, dtype: DTypeLike) -> None:
         self.w1 = Linear(hidden_dim, dim, ("hidden", "embed"), dtype)
         self.w2 = Linear(dim, hidden_dim, ("embed", "hidden"), dtype)
         self.w3 = Linear(hidden_dim, dim, ("hidden", "embed"), dtype)

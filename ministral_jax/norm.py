@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .parameters import ParameterSpec
@@ -24,7 +25,7 @@ def rms_norm(x: Float[Array, "*T D"], weight: Float[Array, "D"], eps: float) -> 
 class RMSNorm(nnx.Module):
     """`rms_norm` with its weight."""
 
-    def __init__(self, dim: int, eps: float, dtype: jnp.dtype) -> None:
+    def __init__(self, dim: int, eps: float, dtype: DTypeLike) -> None:
         self.eps = eps
         self.weight = ParameterSpec((dim,), ("embed",), dtype, init="ones").placeholder()
 

@@ -1,7 +1,8 @@
 """Parameters by name: what a module's weights are before they exist, and how they are filled in.
 
-A model is built abstract. Every weight starts as a placeholder that knows its shape, dtype, logical axes and initialiser; shapes,
-shardings and the plan for reading a checkpoint all follow from that one tree. Names are those of the mistral layout.
+A model is built abstract. Every weight starts as a placeholder that knows its shape, dtype, logical axes and
+initialiser; shapes, shardings and the plan for reading a checkpoint all follow from that one tree. Names are those of
+the mistral layout.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 Initializer = Literal["normal", "ones"]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -20,11 +22,11 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One weight: its shape, one logical axis name per dimension, its dtype and how it is drawn when trained from scratch."""
+    """One weight: shape, a logical axis name per dimension, dtype, and how it is drawn when trained from scratch."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    dtype: jnp.dtype
+    dtype: DTypeLike
     init: Initializer = "normal"
 
     def placeholder(self) -> nnx.Param:
@@ -50,7 +52,10 @@ def parameters(model: nnx.Module) -> dict[str, jax.Array]:
 
 
 def fill(model: Module, arrays: Mapping[str, Any] | Callable[[str, ParameterSpec], Any]) -> Module:
-    """A new model whose weights are `arrays[name]` (or `arrays(name, spec)`); shapes must match those of the placeholders."""
+    """A new model whose weights are `arrays[name]` or `arrays(name, spec)`.
+
+    Raises ValueError for an array whose shape is not its placeholder's.
+    """
     graph, state = nnx.split(model)
     specs = parameter_specs(model)
     get = arrays if callable(arrays) else lambda name, spec: arrays[name]
@@ -66,7 +71,7 @@ def fill(model: Module, arrays: Mapping[str, Any] | Callable[[str, ParameterSpec
 
 
 def initialize(model: Module, key: jax.Array, *, std: float = 0.02) -> Module:
-    """Draws every weight: normal with standard deviation `std`, ones for norms. Deterministic in `key` and the names' order."""
+    """Draws every weight: normal with standard deviation `std`, ones for norms. Deterministic in `key`."""
     specs = parameter_specs(model)
     keys = dict(zip(specs, jax.random.split(key, len(specs)), strict=True))
 

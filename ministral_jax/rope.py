@@ -1,6 +1,7 @@
-"""Rotary position embedding: frequencies (plain and YaRN), the rotation, and the one permutation between the two row orders.
+"""Rotary position embedding: frequencies (plain and YaRN), rotation, and the permutation between the two row orders.
 
-In memory the pairs that turn together are (i, i + H/2), as in transformers' checkpoints; mistral-layout files pair adjacent rows.
+In memory the pairs that turn together are (i, i + H/2), as in transformers' checkpoints; mistral-layout files pair
+adjacent rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .config import RopeConfig, YarnConfig
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, "H/2"]:
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, "half"]:
     """Radians per token of each pair, float64: `theta ** (-2i / H)`, then YaRN where the model has it."""
     plain = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     return plain if rope.yarn is None else _extend(plain, rope.yarn, rope.theta, head_dim)
@@ -39,7 +40,7 @@ def _extend(plain: np.ndarray, yarn: YarnConfig, theta: float, head_dim: int) ->
 
 def rotation(
     positions: Int[Array, "*T"], rope: RopeConfig, head_dim: int
-) -> tuple[Float[Array, "*T H/2"], Float[Array, "*T H/2"]]:
+) -> tuple[Float[Array, "*T half"], Float[Array, "*T half"]]:
     """Cosine and sine of every pair's angle at absolute `positions`, float32, times YaRN's attention factor."""
     frequencies = jnp.asarray(inverse_frequencies(rope, head_dim), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
@@ -48,9 +49,12 @@ def rotation(
 
 
 def apply_rope(
-    x: Float[Array, "*T N H"], cos: Float[Array, "*T H/2"], sin: Float[Array, "*T H/2"]
+    x: Float[Array, "*T N H"], cos: Float[Array, "*T half"], sin: Float[Array, "*T half"]
 ) -> Float[Array, "*T N H"]:
-    """Turns the pairs (i, i + H/2) of every head, in float32, and rounds back to the dtype of `x` (RoFormer, arXiv 2104.09864)."""
+    """Turns the pairs (i, i + H/2) of every head, in float32, and rounds back to the dtype of `x`.
+
+    RoFormer, arXiv 2104.09864, equation 34.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

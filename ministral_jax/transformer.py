@@ -1,7 +1,7 @@
 """The decoder: embeddings, pre-norm blocks, final norm, output head.
 
-`model(tokens)` is causal scoring of whole sequences. `hidden` and `logits` are apart, so that nothing has to hold the logits of a long
-sequence over a large vocabulary. `extend` runs the same layers over a paged cache.
+`model(tokens)` is causal scoring of whole sequences. `hidden` and `logits` are apart, so that nothing has to hold the
+logits of a long sequence over a large vocabulary. `extend` runs the same layers over a paged cache.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention, paged_attention, write_pages
@@ -26,7 +27,7 @@ from .parameters import ParameterSpec
 class Block(nnx.Module):
     """`h = x + attention(norm(x)); y = h + feed_forward(norm(h))`."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.attention = Attention(config, dtype)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
@@ -43,7 +44,7 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """A row of numbers per vocabulary entry; as an input table and as an output head."""
 
-    def __init__(self, vocab_size: int, dim: int, dtype: jnp.dtype) -> None:
+    def __init__(self, vocab_size: int, dim: int, dtype: DTypeLike) -> None:
         self.weight = ParameterSpec((vocab_size, dim), ("vocab", "embed"), dtype).placeholder()
 
     def __call__(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T D"]:
@@ -62,7 +63,7 @@ class Transformer(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        dtype: jnp.dtype = jnp.dtype(jnp.float32),
+        dtype: DTypeLike = jnp.float32,
         *,
         attention: Implementation = "auto",
     ) -> None:
@@ -86,7 +87,8 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Final hidden states, after the last norm, of whole sequences from position 0.
 
-        With packed sequences, `positions` restart and `segment_ids` differ per segment, and segments do not see each other.
+        With packed sequences, `positions` restart and `segment_ids` differ per segment, and segments do not see
+        each other.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -151,5 +153,6 @@ def refuse_missing_layers(config: ModelConfig) -> None:
         raise NotYetError("this model is a mixture of experts, whose layers are not built yet")
     if config.quantization is not None:
         raise NotYetError(
-            f"these weights are quantised ({config.quantization.format}), which is not computed yet: use the bfloat16 checkpoint"
+            f"these weights are quantised ({config.quantization.format}), which is not computed yet: "
+            "use the bfloat16 checkpoint"
         )

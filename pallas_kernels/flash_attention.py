@@ -1,4 +1,4 @@
-"""flash_attention: causal self-attention over whole sequences, for training, scoring and fresh prefill. Checks and dispatch only."""
+"""flash_attention: causal self-attention over whole sequences, for training and scoring. Checks and dispatch only."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def flash_attention(
     """Causal grouped-query attention with an optional sliding window.
 
     The query at row i stands at position `query_offset + i`, the key at row j at position j, and sees it iff
-    `0 <= query_offset + i - j < window`. With `segment_ids`, queries and keys of different segments are hidden from each other.
+    `0 <= query_offset + i - j < window`. With `segment_ids`, queries do not see keys of other segments.
     Query head n reads key head `n // (N / K)`. A query that sees nothing gives zeros.
 
     Args:

@@ -1,4 +1,7 @@
-"""paged_attention: ragged queries of many sequences against a paged cache, and the write that fills its pages. Checks and dispatch only."""
+"""paged_attention: ragged queries of many sequences against a paged cache, and the write that fills its pages.
+
+Checks and dispatch only.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def paged_attention(
     k_pages: Float[Array, "P page K H"],
     v_pages: Float[Array, "P page K Hv"],
     page_table: Int[Array, "B pages"],
-    query_starts: Int[Array, "B+1"],
+    query_starts: Int[Array, "B_plus_1"],
     lengths: Int[Array, "B"],
     *,
     window: int | None = None,
@@ -30,12 +33,12 @@ def paged_attention(
 ) -> Float[Array, "T N Hv"] | tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
     """Causal grouped-query attention of packed queries over keys and values kept in pages.
 
-    Sequence b owns query rows `query_starts[b] .. query_starts[b+1]-1`, the last of its `lengths[b]` tokens, whose keys are
-    already written: row i of n stands at position `lengths[b] - n + i`. Its key at position p lies in page
+    Sequence b owns query rows `query_starts[b] .. query_starts[b+1]-1`, the last of its `lengths[b]` tokens, whose keys
+    are already written: row i of n stands at position `lengths[b] - n + i`. Its key at position p lies in page
     `page_table[b, p // page]` at place `p % page`. Rows past `query_starts[-1]` are padding and give zeros.
 
-    Page 0 is the null page. Entries of pages that the window has left may be 0, and whatever stands there, behind the window,
-    or past `lengths`, NaN included, never reaches the result.
+    Page 0 is the null page. Entries of pages that the window has left may be 0, and whatever stands there, behind the
+    window, or past `lengths`, NaN included, never reaches the result.
 
     Args:
       q: packed queries, rotated already.
@@ -45,7 +48,8 @@ def paged_attention(
       lengths: tokens of each sequence, this call's included.
       window: keys a query sees, itself included; None for all before it.
       scale: multiplies the scores; None means `H ** -0.5`.
-      return_lse: also return the log-sum-exp [T, N], float32, -inf for rows that see nothing: partial results merge by it.
+      return_lse: also return the log-sum-exp [T, N], float32, -inf for rows that see nothing; partial results merge by
+        it.
       implementation: "reference" (dense), "xla" (visible pages only), or "auto".
 
     Raises ValueError for arguments that do not fit together.
@@ -59,7 +63,7 @@ def paged_attention(
 
 def token_slots(
     page_table: Int[Array, "B pages"],
-    query_starts: Int[Array, "B+1"],
+    query_starts: Int[Array, "B_plus_1"],
     lengths: Int[Array, "B"],
     n_tokens: int,
     page_size: int,
@@ -67,7 +71,8 @@ def token_slots(
 ) -> Int[Array, "T"]:
     """Where each packed row's key and value go, as an index into the flattened pool [P * page].
 
-    Padding rows, positions past the page table, and null pages give `P * page`, one past the end, which `write_pages` drops.
+    Padding rows, positions past the page table, and null pages give `P * page`, one past the end, which `write_pages`
+    drops.
     """
     sequence, position = token_positions(query_starts, lengths, n_tokens)
     page = page_table.at[jnp.clip(sequence, 0), jnp.clip(position, 0) // page_size].get(mode="fill", fill_value=0)
@@ -99,11 +104,13 @@ def _check(
         raise ValueError(f"k_pages has head width {k_pages.shape[-1]}, q has {q.shape[-1]}: they must be equal")
     if v_pages.shape[:3] != k_pages.shape[:3]:
         raise ValueError(
-            f"v_pages is {v_pages.shape[:3]} and k_pages {k_pages.shape[:3]} in pages, size and heads: equal ones expected"
+            f"v_pages is {v_pages.shape[:3]} and k_pages {k_pages.shape[:3]} in pages, size and heads: "
+            "they must be equal"
         )
     if query_starts.shape[0] != page_table.shape[0] + 1:
         raise ValueError(
-            f"query_starts has {query_starts.shape[0]} entries, expected {page_table.shape[0] + 1}: one more than sequences"
+            f"query_starts has {query_starts.shape[0]} entries, expected {page_table.shape[0] + 1}: "
+            "one more than the page table has sequences"
         )
     check_heads_and_window(q.shape[1], k_pages.shape[2], window)
     if implementation != "auto" and implementation not in IMPLEMENTATIONS:

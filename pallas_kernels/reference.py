@@ -1,4 +1,4 @@
-"""The two attention operations written for the reader: dense, masked, float32. They define what the fast ones must equal.
+"""The two attention operations written for the reader: dense, masked, float32. They define what the others must equal.
 
 Nothing here is meant to be fast: scores of every query against every key are held at once.
 """
@@ -63,12 +63,12 @@ def flash_attention_reference(
 
 
 def token_positions(
-    query_starts: Int[Array, "B+1"], lengths: Int[Array, "B"], n_tokens: int
+    query_starts: Int[Array, "B_plus_1"], lengths: Int[Array, "B"], n_tokens: int
 ) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
     """For each packed query row: its sequence and its position, both -1 for padding rows.
 
-    Rows `query_starts[b] .. query_starts[b+1]-1` are the last queries of sequence b, so the i-th of its n rows stands at
-    position `lengths[b] - n + i`. Rows from `query_starts[-1]` on are padding.
+    Rows `query_starts[b] .. query_starts[b+1]-1` are the last queries of sequence b, so the i-th of its n rows stands
+    at position `lengths[b] - n + i`. Rows from `query_starts[-1]` on are padding.
     """
     row = jnp.arange(n_tokens, dtype=jnp.int32)
     sequence = jnp.searchsorted(query_starts, row, side="right").astype(jnp.int32) - 1
@@ -83,7 +83,7 @@ def paged_attention_reference(
     k_pages: Float[Array, "P page K H"],
     v_pages: Float[Array, "P page K Hv"],
     page_table: Int[Array, "B pages"],
-    query_starts: Int[Array, "B+1"],
+    query_starts: Int[Array, "B_plus_1"],
     lengths: Int[Array, "B"],
     *,
     window: int | None,

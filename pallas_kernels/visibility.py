@@ -21,7 +21,8 @@ def key_block_bounds(
 ) -> tuple[Array, Array]:
     """Half-open range of key blocks that hold any key visible from positions `first_query .. last_query`.
 
-    Key positions run from 0 to `n_keys - 1` in blocks of `block`. The range is empty (`stop <= start`) when nothing is seen.
+    Key positions run from 0 to `n_keys - 1` in blocks of `block`. The range is empty (`stop <= start`) when nothing is
+    seen.
     """
     first_query, last_query = jnp.asarray(first_query, jnp.int32), jnp.asarray(last_query, jnp.int32)
     oldest = jnp.zeros_like(first_query) if window is None else jnp.maximum(first_query - (window - 1), 0)

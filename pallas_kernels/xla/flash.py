@@ -1,7 +1,7 @@
 """Blockwise flash_attention in jax.numpy: O(T * W) work, O(T) memory, with its own gradient.
 
-The algorithm is FlashAttention-2 (Dao 2023, arXiv 2307.08691): query blocks one after the other, an online softmax over the key
-blocks that the window leaves, and a backward pass that recomputes the probabilities from the log-sum-exp.
+The algorithm is FlashAttention-2 (Dao 2023, arXiv 2307.08691): query blocks one after the other, an online softmax over
+the key blocks that the window leaves, and a backward pass that recomputes the probabilities from the log-sum-exp.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """paged_attention in jax.numpy: gathers only visible pages, with one compiled program for every length.
 
-The packed queries are cut into tiles that never cross a sequence. All tiles advance together through the key blocks that their own window leaves,
-in a loop whose trip count is data: work follows the lengths, not the width of the page table.
+The packed queries are cut into tiles that never cross a sequence. All tiles advance together through the key blocks
+that their own window leaves, in a loop whose trip count is data: work follows the lengths, not the page table's width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def paged_attention_xla(
     k_pages: Float[Array, "P page K H"],
     v_pages: Float[Array, "P page K Hv"],
     page_table: Int[Array, "B pages"],
-    query_starts: Int[Array, "B+1"],
+    query_starts: Int[Array, "B_plus_1"],
     lengths: Int[Array, "B"],
     *,
     window: int | None,
@@ -91,7 +91,7 @@ def _tile_rows(n_tokens: int, n_sequences: int) -> int:
     return min(1 << (share - 1).bit_length(), MAX_TILE)
 
 
-def cut_tiles(query_starts: Int[Array, "B+1"], lengths: Int[Array, "B"], n_tokens: int, tile: int) -> Tiles:
+def cut_tiles(query_starts: Int[Array, "B_plus_1"], lengths: Int[Array, "B"], n_tokens: int, tile: int) -> Tiles:
     """Cuts every sequence's query rows into tiles of `tile` rows; the last one of a sequence may be short.
 
     The number of tiles is static: the most that any split of `n_tokens` rows over the sequences can need.
