@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from ministral_jax.tokenizer import TextStream, Tokenizer
 from ministral_jax.transformer import Transformer
 
 from .answer import Answer, Completion, Piece, TokenLogprob
+from .chat import ChatReply, ChatStream
 from .decoding import MAX_STEPS, Choice, DecodeState, Ends, Steps, compiled_steps
 from .pages import PageTables
 from .sampling import SamplingArrays, SamplingMode, SamplingParams, batch_arrays, batch_mode, start_history
@@ -55,6 +57,17 @@ class _Run:
     held: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
+class _GeneratedText(TextStream):
+    """Text of generated ids. An embedding may have more rows than the tokenizer has words: such ids have no text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self._known_ids = tokenizer.vocabulary_size
+
+    def feed(self, token_id: int) -> str:
+        return super().feed(token_id) if token_id < self._known_ids else ""
+
+
 class Generator:
     """Continues prompts with a model.
 
@@ -65,7 +78,7 @@ class Generator:
       page_size: tokens of a cache page.
       prefill_chunk: prompt tokens of one call; a power of two.
 
-    `timing` describes the last run, `cache_bytes` the cache it allocated.
+    `timing` describes the last run, `cache_plan` and `cache_bytes` the cache it used, as planned and as allocated.
     """
 
     def __init__(
@@ -82,9 +95,10 @@ class Generator:
         self.page_size, self.prefill_chunk = page_size, prefill_chunk
         graph, self._weights = nnx.split(model)
         self._steps: Steps = compiled_steps(graph)
-        self._dtype = model.norm.weight[...].dtype
+        self.dtype = model.norm.weight[...].dtype
         self._kept: tuple[CachePlan, PagedCache] | None = None
         self.timing = Timing()
+        self.cache_plan: CachePlan | None = None
         self.cache_bytes = 0
 
     def generate(
@@ -104,6 +118,31 @@ class Generator:
             )
             for prompt, own in zip(prompts, pieces, strict=True)
         ]
+
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
+    ) -> ChatStream:
+        """The answer to a conversation, piece by piece; see `ChatStream`. Greedy by default."""
+        return ChatStream(self, messages, params, tools=tools, reasoning_effort=reasoning_effort)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        reasoning_effort: str | None = None,
+    ) -> ChatReply:
+        """The whole answer to a conversation: text, reasoning and tool calls. Greedy by default."""
+        stream = self.stream(messages, params, tools=tools, reasoning_effort=reasoning_effort)
+        for _ in stream:
+            pass
+        return stream.reply
 
     def stream_ids(
         self,
@@ -199,7 +238,7 @@ class Generator:
             length=length,
             chunk=max(self.prefill_chunk, MAX_STEPS),
             page_size=self.page_size,
-            dtype=self._dtype,
+            dtype=self.dtype,
         )
         padded = params + [SamplingParams(seed=0)] * spare
         stop_ids = [self._stop_ids(p) for p in params]
@@ -208,7 +247,7 @@ class Generator:
         for row, ids in zip(stops, stop_ids, strict=False):
             row[: len(ids)] = ids
         answers = [
-            Answer(first_index + i, p, limit, ids, TextStream(self.tokenizer) if self.tokenizer else None)
+            Answer(first_index + i, p, limit, ids, _GeneratedText(self.tokenizer) if self.tokenizer else None)
             for i, (p, limit, ids) in enumerate(zip(params, limits, stop_ids, strict=True))
         ]
         all_limits = np.array(limits + [0] * spare, np.int32)
@@ -236,14 +275,15 @@ class Generator:
         if kept is not None and kept[0] == plan:
             return kept[1]
         del kept
-        cache = allocate_cache(self.model.config, plan, self._dtype)
+        self.cache_plan = plan
+        cache = allocate_cache(self.model.config, plan, self.dtype)
         self.cache_bytes = cache.n_bytes
         return cache
 
     def _prefill(self, run: _Run) -> jax.Array:
         """Runs all prompts through the model in packed chunks; returns each last token's hidden state, [B, D]."""
         B = len(run.lengths)
-        hidden = jnp.zeros((B, self.model.config.dim), self._dtype)
+        hidden = jnp.zeros((B, self.model.config.dim), self.dtype)
         done = np.zeros(B, np.int32)
         while (done < run.lengths).any():
             counts, room = np.zeros(B, np.int32), self.prefill_chunk
