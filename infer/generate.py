@@ -208,9 +208,10 @@ class Generator:
             start_history([p.tolist() for p in run.prompts], self.model.config.vocab_size, run.mode),
             mode=run.mode,
         )
-        yield from self._hand_out(run, jax.tree.map(lambda x: np.asarray(x)[None], choice), np.ones((1, len(params))))
+        first = jax.tree.map(lambda x: np.asarray(x)[None], choice)
         self.timing.prefill_seconds += time.perf_counter() - began
         self.timing.prompt_tokens += int(run.lengths.sum())
+        yield from self._hand_out(run, first, np.ones((1, len(params)), bool))
         n_steps = 1
         while any(answer.finish_reason is None for answer in run.answers):
             began = time.perf_counter()
