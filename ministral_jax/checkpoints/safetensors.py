@@ -87,7 +87,7 @@ class SafetensorsFile:
         return out
 
     def _read_into(self, name: str, begin: int, out: np.ndarray) -> None:
-        target = memoryview(out.reshape(-1).view(np.uint8))
+        target = out.reshape(-1).view(np.uint8).data
         done = 0
         try:
             with self._lock:

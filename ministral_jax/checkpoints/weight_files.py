@@ -1,4 +1,4 @@
-"""Which files hold the weights of a checkpoint folder, and all their tensors as one. Knows no model and no tensor names.
+"""Which files hold the weights of a checkpoint folder, and all their tensors as one. Knows no model and no names.
 
 Files of both layouts may lie side by side, each with every tensor; only those of one layout are opened.
 """
@@ -20,10 +20,18 @@ from ..errors import CheckpointError, ConfigError
 from .safetensors import SafetensorsFile
 from .safetensors_header import TensorInfo, shown
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ministral_jax")
 
 STEMS: dict[Layout, str] = {"mistral": "consolidated", "hf": "model"}
 PICKLES = re.compile(r".*\.(pth|pt|bin|ckpt)")
+
+
+def is_weight_file(name: str, layout: Layout) -> bool:
+    """Whether a file called `name` is one of weights in `layout`, or their index."""
+    return (
+        re.fullmatch(rf"{STEMS[layout]}(-\d+-of-\d+)?\.safetensors|{STEMS[layout]}\.safetensors\.index\.json", name)
+        is not None
+    )
 
 
 class WeightFiles:
@@ -80,7 +88,7 @@ class WeightFiles:
         for name, file_name in index.files.items():
             if name not in self._home:
                 raise CheckpointError(
-                    f"{self.directory / file_name}: tensor {shown(name)}, which {index.path.name} lists here, is missing"
+                    f"{self.directory / file_name}: tensor {shown(name)}, listed here by {index.path.name}, is missing"
                 )
             found = self._home[name].path.name
             if found != file_name:
@@ -185,7 +193,7 @@ def _no_weights(directory: Path, names: list[str], layout: Layout) -> Checkpoint
     pickles = [name for name in names if PICKLES.fullmatch(name)]
     if pickles:
         return CheckpointError(
-            f"{directory / pickles[0]}: pickle files are never opened, since they can run code; {expected}: download the "
-            "safetensors files of this model, or load it with transformers and save_pretrained it"
+            f"{directory / pickles[0]}: pickle files are never opened, since they can run code; {expected}: download "
+            "the safetensors files of this model, or convert these with transformers' save_pretrained"
         )
     return CheckpointError(f"{directory}: no weight files of the {layout} layout; {expected}")

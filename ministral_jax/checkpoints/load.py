@@ -1,0 +1,208 @@
+"""From a folder of published files to a filled model, tensor by tensor. Knows neither names nor file formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.flash_attention import Implementation
+
+from ..catalog import with_windows
+from ..config import ModelConfig, Window
+from ..config_files import CONFIG_FILE_NAMES, detect_layout, read_config
+from ..errors import CheckpointError, ConfigError
+from ..parameters import ParameterSpec, fill, parameter_specs
+from ..rope import half_split_rows
+from ..transformer import Transformer
+from .hub import resolve
+from .layouts import EMBEDDINGS, HEAD, ReadPlan, Source, plan_reading
+from .safetensors import aligned_empty
+from .safetensors_header import DTYPE_NAMES, shown
+from .weight_files import WeightFiles
+
+logger = logging.getLogger("ministral_jax")
+
+Placement = Callable[[str, ParameterSpec], jax.sharding.Sharding]
+
+DENSE_DTYPES = ("F64", "F32", "F16", "BF16")
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
+# Rows are cast and permuted in pieces of this size, so that the source of a tensor is never whole beside its copy.
+CHUNK_BYTES = 64 * 2**20
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | type | np.dtype | None = None,
+    attention: Implementation = "auto",
+    windows: str | Sequence[Window] | None = None,
+    placement: Placement | None = None,
+) -> Transformer:
+    """The model in a folder, or of a hub id such as "mistralai/Ministral-8B-Instruct-2410", ready to run.
+
+    `revision` is a branch, tag or commit of the hub. The rest is as in `load_model`.
+    """
+    return load_model(resolve(model, revision), dtype=dtype, attention=attention, windows=windows, placement=placement)
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: str | type | np.dtype | None = None,
+    attention: Implementation = "auto",
+    windows: str | Sequence[Window] | None = None,
+    placement: Placement | None = None,
+) -> Transformer:
+    """Reads the checkpoint in `directory`, in either layout; its arrays own their memory.
+
+    `dtype` None or "auto" is the checkpoint's on accelerators and float32 on CPU, where XLA rewrites narrower weights
+    at every step. `attention` names the implementation of attention. `windows` replaces the config's: a name of
+    `catalog.WINDOW_PATTERNS`, or a list that is repeated over the layers. `placement(name, spec)` gives the sharding of
+    each parameter, and each device then reads only the bytes of its shard; without it everything goes to the default
+    device. Raises MinistralError in one line.
+    """
+    folder = Path(directory)
+    layout = detect_layout(folder)
+    config = read_config(folder) if windows is None else with_windows(read_config(folder), windows)
+    names = list(parameter_specs(Transformer(config)))  # before any file is opened, for what cannot be computed yet
+    with WeightFiles(folder, layout) as files:
+        plan = plan_reading(names, files.tensors, config, layout)
+        _require_complete(plan, files, CONFIG_FILE_NAMES[layout])
+        if plan.unread:
+            groups = ", ".join(f"{count} {group}" for group, count in plan.unread.items())
+            logger.info("%s: tensors that the text model does not read: %s", folder, groups)
+        sources = dict(plan.sources)
+        config = _with_decided_head(config, plan, files, CONFIG_FILE_NAMES[layout])
+        if plan.head and not config.tied_embeddings:
+            sources[HEAD] = plan.head
+        abstract = Transformer(config, _compute_dtype(dtype, files, sources), attention=attention)
+        for name, spec in parameter_specs(abstract).items():
+            _require_fits(sources[name], spec, files, CONFIG_FILE_NAMES[layout])
+        return fill(abstract, lambda name, spec: _array(files, sources[name], name, spec, placement))
+
+
+def _require_complete(plan: ReadPlan, files: WeightFiles, config_name: str) -> None:
+    if plan.missing:
+        raise CheckpointError(
+            f"{files.directory}: tensor {shown(plan.missing[0])}{_and_more(plan.missing)} is in none of its weight "
+            f"files; expected by {config_name}"
+        )
+    if plan.extra:
+        raise CheckpointError(
+            f"{files.path_of(plan.extra[0])}: tensor {shown(plan.extra[0])}{_and_more(plan.extra)} is not part of the "
+            f"model in {config_name}: use the config that belongs to these weights"
+        )
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _with_decided_head(config: ModelConfig, plan: ReadPlan, files: WeightFiles, config_name: str) -> ModelConfig:
+    """The config, untied if the file has a head that differs from the embeddings: as in transformers, the file wins."""
+    if not config.tied_embeddings:
+        if plan.head is None:
+            raise CheckpointError(
+                f"{files.directory}: no output head in the weight files, and {config_name} does not tie it to the "
+                "embeddings; expected one of the two"
+            )
+        return config
+    if plan.head is None or _same_values(files, plan.sources[EMBEDDINGS], plan.head):
+        return config
+    logger.warning(
+        "%s: its output head differs from the embeddings, which %s ties: both are kept", files.directory, config_name
+    )
+    return dataclasses.replace(config, tied_embeddings=False)
+
+
+def _same_values(files: WeightFiles, one: Source, other: Source) -> bool:
+    first, second = files.tensors[one.name], files.tensors[other.name]
+    if first.shape != second.shape or len(first.shape) != 2:
+        return False
+    step = max(1, CHUNK_BYTES // max(1, first.shape[1] * first.dtype.itemsize))
+    for begin in range(0, first.shape[0], step):
+        rows = (slice(begin, begin + step), slice(None))
+        same = np.array_equal(files.read_slice(one.name, rows), files.read_slice(other.name, rows))
+        if not same:
+            return False
+    return True
+
+
+def _compute_dtype(asked: str | type | np.dtype | None, files: WeightFiles, sources: dict[str, Source]) -> jnp.dtype:
+    """The dtype that was asked for, or the usual one of the default backend, which is logged."""
+    if asked is not None and not (isinstance(asked, str) and asked == "auto"):
+        name = asked if isinstance(asked, str) else jnp.dtype(asked).name
+        if name not in COMPUTE_DTYPES:
+            raise ConfigError(f"dtype={name!r} is not allowed: expected auto, {', '.join(COMPUTE_DTYPES)}")
+        return jnp.dtype(name)
+    sizes: Counter[np.dtype] = Counter()
+    for source in sources.values():
+        sizes[files.tensors[source.name].dtype] += files.tensors[source.name].n_bytes
+    stored = max(sizes, key=lambda dtype: sizes[dtype])
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(jnp.float32 if on_cpu or stored.name not in COMPUTE_DTYPES else stored)
+    logger.info("%s: stored as %s, loaded as %s", files.directory, stored.name, dtype.name)
+    return dtype
+
+
+def _require_fits(source: Source, spec: ParameterSpec, files: WeightFiles, config_name: str) -> None:
+    info = files.tensors[source.name]
+    where = f"{files.path_of(source.name)}: tensor {shown(source.name)}"
+    if info.shape != spec.shape:
+        raise CheckpointError(f"{where} has shape {list(info.shape)}, expected {list(spec.shape)} by {config_name}")
+    if DTYPE_NAMES[info.dtype] not in DENSE_DTYPES:
+        raise CheckpointError(
+            f"{where} has dtype {DTYPE_NAMES[info.dtype]}, expected one of {', '.join(DENSE_DTYPES)}, as "
+            f"{config_name} says nothing of quantisation"
+        )
+
+
+def _array(
+    files: WeightFiles, source: Source, name: str, spec: ParameterSpec, placement: Placement | None
+) -> jax.Array:
+    dtype = np.dtype(spec.dtype)
+    if placement is None:
+        whole = tuple(slice(None) for _ in spec.shape)
+        # The buffer is ours alone, and jax on CPU takes it over as it is.
+        return jax.device_put(read_values(files, source, dtype, whole)).block_until_ready()
+    shards: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        key = tuple(part.indices(size) for part, size in zip(index, spec.shape, strict=True))
+        if key not in shards:
+            shards[key] = read_values(files, source, dtype, index)
+        return shards[key]
+
+    return jax.make_array_from_callback(spec.shape, placement(name, spec), shard).block_until_ready()
+
+
+def read_values(files: WeightFiles, source: Source, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """`parameter[index]` in memory order and as `dtype`, in fresh memory, reading only the heads or rows it lies in."""
+    info = files.tensors[source.name]
+    if info.dtype == dtype and source.heads is None:
+        return files.read_slice(source.name, index)
+    spans = [part.indices(size)[:2] for part, size in zip(index, info.shape, strict=True)]
+    (first, last), columns = spans[0], [slice(*span) for span in spans[1:]]
+    out = aligned_empty(tuple(stop - start for start, stop in spans), dtype)
+    block = info.shape[0] // source.heads if source.heads else 1  # rows that are permuted among themselves
+    row_bytes = math.prod(out.shape[1:]) * info.dtype.itemsize
+    step = max(1, CHUNK_BYTES // max(1, row_bytes * block)) * block
+    for begin in range(first // block * block, last, step):
+        end = min(begin + step, -(-last // block) * block)
+        rows = files.read_slice(source.name, [slice(begin, end), *columns])
+        if source.heads:
+            rows = half_split_rows(rows, (end - begin) // block)
+        start, stop = max(begin, first), min(end, last)
+        with np.errstate(invalid="ignore", over="ignore"):
+            out[start - first : stop - first] = rows[start - begin : stop - begin]
+    return out
