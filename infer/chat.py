@@ -1,4 +1,4 @@
-"""Conversations on top of a Generator: messages in, the answer's text, reasoning and tool calls out, told apart by token id."""
+"""Conversations on top of a Generator: messages in; text, reasoning and tool calls out, told apart by token id."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ministral_jax.errors import RequestError
-from ministral_jax.parsing import AssistantMessage, Event, OutputParser, ParseProblem, ReasoningDelta, TextDelta, ToolCall
+from ministral_jax.parsing import (
+    AssistantMessage,
+    Event,
+    OutputParser,
+    ReasoningDelta,
+    TextDelta,
+)
 from ministral_jax.tokenizer import Tokenizer
 
 from .answer import FinishReason
@@ -98,17 +104,11 @@ class ChatStream:
     @property
     def reply(self) -> ChatReply:
         """The answer as far as it was iterated."""
-        said = self._events
-        message = AssistantMessage(
-            content="".join(event.text for event in said if isinstance(event, TextDelta)),
-            reasoning="".join(event.text for event in said if isinstance(event, ReasoningDelta)),
-            tool_calls=tuple(event for event in said if isinstance(event, ToolCall)),
-            problems=tuple(event.message for event in said if isinstance(event, ParseProblem)),
-        )
+        message = AssistantMessage.of(self._events)
         return ChatReply(message, self._finish_reason, self._prompt_tokens, self._new_tokens)
 
     def _take(self, events: Sequence[Event], *, certain: bool = False) -> Iterator[ChatPiece]:
-        """Keeps what events add, cut before a stop string (unless `certain` not to hold one), and yields what is text."""
+        """Keeps what events add, cut before a stop string unless `certain`, and yields what is text."""
         for event in events:
             if isinstance(event, TextDelta | ReasoningDelta):
                 kind = type(event)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .neighbours import require_neighbour
+
 if TYPE_CHECKING:
     from infer.generate import Generator
     from infer.sampling import SamplingParams
@@ -49,7 +51,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home = _HOMES[name]
+    package = home.partition(".")[0]
+    if package != __name__:
+        require_neighbour(package)
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -76,6 +76,17 @@ class AssistantMessage:
     tool_calls: tuple[ToolCall, ...] = ()
     problems: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "AssistantMessage":
+        """The message that the events of an OutputParser add up to."""
+        told = list(events)
+        return cls(
+            content="".join(event.text for event in told if isinstance(event, TextDelta)),
+            reasoning="".join(event.text for event in told if isinstance(event, ReasoningDelta)),
+            tool_calls=tuple(event for event in told if isinstance(event, ToolCall)),
+            problems=tuple(event.message for event in told if isinstance(event, ParseProblem)),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The message as Tokenizer.encode_chat takes it, to go on with the conversation."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
@@ -114,12 +125,7 @@ def parse_output(
     """
     parser = OutputParser(tokenizer, reasoning=reasoning, continuing=continuing, new_call_id=new_call_id)
     events = [event for token_id in ids for event in parser.feed(token_id)] + parser.finish()
-    return AssistantMessage(
-        content="".join(event.text for event in events if isinstance(event, TextDelta)),
-        reasoning="".join(event.text for event in events if isinstance(event, ReasoningDelta)),
-        tool_calls=tuple(event for event in events if isinstance(event, ToolCall)),
-        problems=tuple(event.message for event in events if isinstance(event, ParseProblem)),
-    )
+    return AssistantMessage.of(events)
 
 
 class _Mode(enum.Enum):

@@ -1,0 +1,82 @@
+"""From the MODEL argument to a model, its tokenizer and a Generator. Shows progress; prints nothing on stdout."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import MinistralError, TokenizerError
+from .failures import UsageError
+from .output import waiting
+
+if TYPE_CHECKING:
+    from infer.generate import Generator
+
+    from ..config import Window
+    from ..tokenizer import Tokenizer
+    from ..transformer import Transformer
+
+TokenizerUse = Literal["needed", "if there", "not used"]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is ready to run; `tokenizer` is None where there is none or none was asked for."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    folder: Path
+
+    @property
+    def required_tokenizer(self) -> Tokenizer:
+        """The tokenizer, where the command opened the model with one."""
+        if self.tokenizer is None:
+            raise MinistralError(f"{self.folder}: no tokenizer file, which text needs; give token ids with --ids")
+        return self.tokenizer
+
+    def generator(self, max_length: int | None = None) -> Generator:
+        """A Generator over the model, for sequences of up to `max_length` tokens."""
+        from infer.generate import Generator
+
+        return Generator(self.model, self.tokenizer, max_length=max_length)
+
+
+def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse) -> OpenModel:
+    """Finds and loads what the arguments of `add_model` name; the tokenizer first, since it is quick to fail."""
+    from ..checkpoints.hub import resolve
+    from ..checkpoints.load import load_model
+    from ..compilation import keep_compiled_programs
+
+    windows = None if arguments.windows is None else parse_windows(arguments.windows)
+    folder = resolve(arguments.model, arguments.revision)
+    words = None if tokenizer == "not used" else _open_tokenizer(folder, needed=tokenizer == "needed")
+    keep_compiled_programs()
+    with waiting(f"loading {folder}"):
+        model = load_model(folder, dtype=arguments.dtype, windows=windows)
+    return OpenModel(model, words, folder)
+
+
+def _open_tokenizer(folder: Path, *, needed: bool) -> Tokenizer | None:
+    """The folder's tokenizer; None where it has none and none is needed. A damaged one is always an error."""
+    from ..tokenizer import Tokenizer
+    from ..tokenizer_files import find_tokenizer_file
+
+    if not needed:
+        try:
+            find_tokenizer_file(folder)
+        except TokenizerError:
+            return None
+    return Tokenizer.load(folder)
+
+
+def parse_windows(text: str) -> str | list[Window]:
+    """A name of a window pattern, or a list of widths such as "none,32768"."""
+    parts = text.replace(",", " ").split()
+    if len(parts) == 1 and not parts[0].isdigit() and parts[0] != "none":
+        return parts[0]
+    bad = [part for part in parts if part != "none" and not part.isdigit()]
+    if bad or not parts:
+        raise UsageError(f"--windows {text!r}: expected a pattern's name, or widths and none separated by commas")
+    return [None if part == "none" else int(part) for part in parts]

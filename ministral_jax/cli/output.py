@@ -1,0 +1,90 @@
+"""What commands show: notes and progress on stderr, text and JSON documents on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SHOW_AFTER_SECONDS = 2.0
+
+
+def note(message: str) -> None:
+    """A line on stderr that is no failure."""
+    print(f"ministral: {message}", file=sys.stderr, flush=True)
+
+
+def note_to_people(message: str) -> None:
+    """A line on stderr when a person sees it: nothing when stderr is no terminal."""
+    if sys.stderr.isatty():
+        note(message)
+
+
+class _Notes(logging.Handler):
+    """Log records as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextmanager
+def log_as_notes() -> Iterator[None]:
+    """Shows what the four packages log, as notes."""
+    loggers = [logging.getLogger(name) for name in ("ministral_jax", "pallas_kernels", "infer", "train")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    notes = _Notes()
+    for logger in loggers:
+        logger.addHandler(notes)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(notes)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+def write(text: str) -> None:
+    """Text to stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(document: Any) -> None:
+    """The one JSON document of a command, on one line of stdout."""
+    write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Shows on stderr that `what` is under way, once it has taken two seconds; quiet when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    over = threading.Event()
+    shown = threading.Thread(target=_show_until, args=(what, over), daemon=True)
+    shown.start()
+    try:
+        yield
+    finally:
+        over.set()
+        shown.join()
+
+
+def _show_until(what: str, over: threading.Event) -> None:
+    """A moving line with the seconds so far, from two seconds on until `over`; it is gone afterwards."""
+    if over.wait(SHOW_AFTER_SECONDS):
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(what, total=None)
+        over.wait()
