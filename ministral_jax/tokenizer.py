@@ -112,7 +112,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether the id is a control token, which decoded text leaves out."""
-        return self._vocabulary.is_special(int(token_id))
+        return self._vocabulary.is_special(self.checked_id(token_id))
 
     def checked_id(self, token_id: int) -> int:
         """The id as an int.
@@ -122,8 +122,8 @@ class Tokenizer:
         """
         token_id = int(token_id)
         if not 0 <= token_id < self.vocabulary_size:
-            known = f"0 to {self.vocabulary_size - 1}"
-            raise TokenizerError(f"token id {token_id} is not in the vocabulary of {self.path}, which has {known}")
+            last = self.vocabulary_size - 1
+            raise TokenizerError(f"token id {token_id} is not in the vocabulary of {self.path}, whose last is {last}")
         return token_id
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
@@ -132,11 +132,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the text holds a lone surrogate, which has no bytes.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {error.start}") from error
-        return self._vocabulary.encode(text, bos=bos, eos=eos)
+        return self._vocabulary.encode(_valid_text(text), bos=bos, eos=eos)
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
@@ -189,7 +185,7 @@ class Tokenizer:
         """The ids that ask a code model for the text between `prompt` and `suffix`.
 
         Raises:
-            TokenizerError: the file has no [PREFIX] and [SUFFIX], or is of v1.
+            TokenizerError: the file has no [PREFIX] and [SUFFIX], or is of v1; a text holds a lone surrogate.
         """
         from mistral_common.protocol.fim.request import FIMRequest
 
@@ -197,7 +193,8 @@ class Tokenizer:
             raise TokenizerError(
                 f"{self.path}: fill-in-the-middle needs [PREFIX] and [SUFFIX], which {self.version} lacks"
             )
-        return list(self._mistral.encode_fim(FIMRequest(prompt=prompt, suffix=suffix)).tokens)
+        request = FIMRequest(prompt=_valid_text(prompt), suffix=_valid_text(suffix) if suffix else suffix)
+        return list(self._mistral.encode_fim(request).tokens)
 
     def token_bytes(self, token_id: int, first: bool = False) -> bytes:
         """The UTF-8 bytes that one token adds to a text; none for a control token, maybe part of a character.
@@ -226,6 +223,14 @@ class Tokenizer:
         # sentencepiece has no text of a single inner token: what it adds to another one is that.
         before = self._vocabulary.encode("a", bos=False, eos=False)[-1:]
         return self._vocabulary.decode([*before, token_id])[len(self._vocabulary.decode(before)) :].encode()
+
+
+def _valid_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"text is not valid Unicode: lone surrogate at character {error.start}") from error
+    return text
 
 
 class TextStream:

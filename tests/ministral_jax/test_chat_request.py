@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,26 @@ def test_v1_puts_the_system_prompt_into_the_first_turn_and_later_versions_elsewh
     assert shown["v1"].replace("▁", " ").startswith("<s> [INST] Be brief.<0x0A><0x0A>One [/INST]")
     assert shown["v3-tekken"] == "<s>[INST]One[/INST]1</s>[INST]Be brief.\n\nTwo[/INST]"
     assert shown["tiny-v13"] == "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]One[/INST]1</s>[INST]Two[/INST]"
+
+
+def documented_templates() -> list[tuple[str, str]]:
+    rows = re.findall(
+        r"^\| (\S+) \| `(<s>.*)` \|$", (Path(__file__).parents[2] / "docs" / "chat.md").read_text(), re.MULTILINE
+    )
+    assert {version_number(kind) for kind, _ in rows} == ALL
+    return rows
+
+
+@pytest.mark.parametrize(("kind", "template"), documented_templates())
+def test_the_documented_template_is_the_rendered_one(kind: str, template: str) -> None:
+    messages = [
+        {"role": "system", "content": "SYS"},
+        user("U1"),
+        {"role": "assistant", "content": "A1"},
+        user("U2"),
+    ]
+    shown = tokenizer(kind).decode(tokenizer(kind).encode_chat(messages).tokens, keep_special=True)
+    assert shown.replace("▁", "·").replace("<0x0A>", "⏎").replace("\n", "⏎") == template
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -236,6 +236,14 @@ def test_a_call_ends_reasoning() -> None:
     assert found == AssistantMessage(reasoning="Hm", tool_calls=(ToolCall("new00001a", "f", "{}"),))
 
 
+def test_a_call_is_told_at_eos_and_not_only_at_the_end() -> None:
+    parser = OutputParser(tokenizer("tiny-v13"), new_call_id=counted())
+    *answer, eos = ids("tiny-v13", "[TOOL_CALLS]", "f", "[ARGS]", "{}", "</s>")
+    assert [event for token_id in answer for event in parser.feed(token_id)] == []
+    assert parser.feed(eos) == [ToolCall("new00001a", "f", "{}")]
+    assert parser.finish() == []
+
+
 @pytest.mark.parametrize("kind", ["v3", "tiny-v11", "tiny-v13"])
 def test_markers_written_as_text_are_text(kind: str) -> None:
     text = 'Say [TOOL_CALLS][{"name": "f", "arguments": {}}] or [THINK]so[/THINK].'

@@ -48,6 +48,7 @@ def test_an_id_outside_the_vocabulary_is_named(kind: str, token_id: int) -> None
         lambda: found.decode([1, token_id]),
         lambda: TextStream(found).feed(token_id),
         lambda: found.token_bytes(token_id),
+        lambda: found.is_special(token_id),
     ):
         with pytest.raises(TokenizerError, match=f"token id {token_id} is not in the vocabulary"):
             reading()
@@ -57,6 +58,8 @@ def test_an_id_outside_the_vocabulary_is_named(kind: str, token_id: int) -> None
 def test_a_lone_surrogate_is_refused(kind: str) -> None:
     with pytest.raises(TokenizerError, match="lone surrogate at character 1"):
         tokenizer(kind).encode("a\ud800b")
+    with pytest.raises(TokenizerError, match="lone surrogate at character 1"):
+        tokenizer("v3").encode_infill("a", "a\ud800b")
     with pytest.raises(TokenizerError, match=r"messages\[1\]: .* surrogates not allowed"):
         tokenizer(kind).encode_chat([{"role": "user", "content": text} for text in ("a", "a\ud800b")])
 
@@ -116,12 +119,13 @@ def test_the_file_that_7b_v03_publishes_is_read_as_v3(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).version == "v3"
 
 
-def test_a_directory_is_read_by_mistral_commons_preference(tmp_path: Path) -> None:
+def test_a_directory_is_read_by_mistral_commons_preference(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "params.json").write_text("{}")
     shutil.copy(shipped_file("v1"), tmp_path / "tokenizer.model")
     assert Tokenizer.load(tmp_path).version == "v1"
     shutil.copy(shipped_file("v3"), tmp_path / "tokenizer.model.v3")
     assert Tokenizer.load(str(tmp_path)).path == tmp_path / "tokenizer.model.v3"
+    assert caplog.text == ""  # both are published together: nothing to warn of
     write_tiny_tekken(tmp_path, "v13")
     assert Tokenizer.load(tmp_path).path == tmp_path / "tekken.json"
 
