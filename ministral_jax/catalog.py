@@ -311,25 +311,24 @@ def _nearest(wanted: str) -> list[str]:
 
 def published_length(config: ModelConfig) -> int | None:
     """Maximal length of the published text decoder that is `config` in everything else, or None."""
-    for entry in MODELS:
-        if _text_decoder(config) == dataclasses.replace(_text_decoder(entry.config), max_length=config.max_length):
-            return entry.config.max_length
-    return None
+    same = (entry for entry in MODELS if _differences(config, entry.config) <= _NOT_THE_DECODER)
+    entry = next(same, None)
+    return None if entry is None else entry.config.max_length
 
 
-def _text_decoder(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, vision=None, quantization=None)
+_NOT_THE_DECODER = {"max_length", "vision", "quantization", "extra"}
+
+
+def _differences(one: ModelConfig, other: ModelConfig) -> set[str]:
+    names = (field.name for field in dataclasses.fields(ModelConfig))
+    return {name for name in names if getattr(one, name) != getattr(other, name)}
 
 
 def is_ministral_8b_windowed_everywhere(config: ModelConfig) -> bool:
     """Whether `config` is what the published config.json of Ministral 8B 2410 says, vocabulary and length apart."""
-    everywhere = dataclasses.replace(
-        _MINISTRAL_8B,
-        windows=(32768,) * _MINISTRAL_8B.n_layers,
-        vocab_size=config.vocab_size,
-        max_length=config.max_length,
-    )
-    return _text_decoder(config) == everywhere
+    if set(config.windows) != {32768}:
+        return False
+    return _differences(config, _MINISTRAL_8B) <= _NOT_THE_DECODER | {"windows", "vocab_size"}
 
 
 def with_windows(config: ModelConfig, windows: str | Sequence[Window]) -> ModelConfig:

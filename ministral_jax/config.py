@@ -19,8 +19,9 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 
 # Positions and sizes travel as int32.
 INT32_MAX = 2**31 - 1
-# Larger numbers overflow products in float32.
+# Beyond these, products overflow or vanish in float32.
 LARGEST_NUMBER = 1e18
+SMALLEST_NUMBER = 1e-18
 
 
 def _is_whole(value: object, minimum: int) -> bool:
@@ -43,7 +44,8 @@ def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(real and 0 < value <= LARGEST_NUMBER, name, value, f"a positive number up to {LARGEST_NUMBER:g}")
+        allowed = real and SMALLEST_NUMBER <= value <= LARGEST_NUMBER
+        _require(allowed, name, value, f"a number from {SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,10 @@ class VisionConfig:
             self.dim,
             f"a multiple of its {self.n_heads} heads",
         )
+        if self.spatial_merge_size != 1 and not self.patch_merge:
+            raise ConfigError(
+                f"spatial_merge_size={self.spatial_merge_size} without patch_merge: expected 1, nothing merges patches"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -241,13 +247,18 @@ class ModelConfig:
             raise ConfigError(
                 f"windows has {len(self.windows)} entries, expected one for each of n_layers={self.n_layers}"
             )
-        for i, window in enumerate(self.windows):
-            whole = isinstance(window, int) and not isinstance(window, bool)
-            _require(
-                window is None or (whole and window > 0),
-                f"windows[{i}]",
-                window,
-                "None or a positive integer",
+        odd = [i for i, window in enumerate(self.windows) if window is not None and not _is_whole(window, 1)]
+        if odd:
+            _require(False, f"windows[{odd[0]}]", self.windows[odd[0]], "None or a positive integer below 2**31")
+        if self.moe and self.moe.first_dense_layers > self.n_layers:
+            raise ConfigError(
+                f"first_dense_layers={self.moe.first_dense_layers} is more than there are layers: "
+                f"n_layers={self.n_layers}"
+            )
+        if self.latent and self.latent.nope_head_dim + self.latent.rope_head_dim != self.head_dim:
+            raise ConfigError(
+                f"head_dim={self.head_dim} is not qk_nope_head_dim={self.latent.nope_head_dim} + "
+                f"qk_rope_head_dim={self.latent.rope_head_dim}: a latent attention head is both parts side by side"
             )
 
     @property

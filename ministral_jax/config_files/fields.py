@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import INT32_MAX, LARGEST_NUMBER
+from ..config import INT32_MAX, LARGEST_NUMBER, SMALLEST_NUMBER
 from ..errors import ConfigError
 
 _SHOWN_CHARACTERS = 60
@@ -24,7 +24,11 @@ class Fields:
         self.asked: set[str] = set() if asked is None else asked
 
     def name(self, key: str) -> str:
-        return f"{self._where}.{key}" if self._where else key
+        return joined_name(self._where, key)
+
+    def knows(self, *keys: str) -> None:
+        """Counts keys as interpreted that this document gives no reason to look at."""
+        self.asked.update(map(self.name, keys))
 
     def value(self, key: str) -> Any:
         """The value as it is in the file; None where it is absent or null."""
@@ -69,7 +73,8 @@ class Fields:
             return default
         value = self.value(key)
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        if not real or not minimum <= value <= maximum or (above_minimum and value == minimum):
+        inside = real and minimum <= value <= maximum and not (above_minimum and value == minimum)
+        if not inside or 0 < value < SMALLEST_NUMBER:
             relation = "above" if above_minimum else "of at least"
             raise self.error(key, f"a number {relation} {minimum:g} and at most {maximum:g}")
         return float(value)
@@ -126,6 +131,12 @@ class Fields:
 
     def keys(self) -> tuple[str, ...]:
         return tuple(self._values)
+
+
+def joined_name(where: str, key: str) -> str:
+    """The dotted name of `key` in the object called `where`; odd keys are quoted, so that a name is always one line."""
+    plain = key if key.isidentifier() else repr(key)
+    return f"{where}.{plain}" if where else plain
 
 
 def shown(value: object) -> str:

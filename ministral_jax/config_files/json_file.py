@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .fields import joined_name
 
 # Published files hold a few kilobytes; anything near this is no config.
 MAX_BYTES = 16 * 2**20
@@ -37,7 +39,8 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as problem:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from None
 
 
@@ -89,14 +92,9 @@ def _refuse_odd_values(document: dict[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}={value}: expected a finite number")
         if isinstance(value, dict):
-            pending += [(_joined(name, key), item, depth + 1) for key, item in value.items()]
+            pending += [(joined_name(name, key), item, depth + 1) for key, item in value.items()]
         elif isinstance(value, list):
             pending += [(f"{name}[{i}]", item, depth + 1) for i, item in enumerate(value)]
-
-
-def _joined(name: str, key: str) -> str:
-    plain = key if key.isidentifier() else repr(key)
-    return f"{name}.{plain}" if name else plain
 
 
 def _too_deep() -> str:

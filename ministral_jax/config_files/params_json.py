@@ -57,9 +57,9 @@ def _read(fields: Fields) -> ModelConfig:
         vision=vision_of_params(fields),
         quantization=quantization_of_params(fields),
     )
-    keys = ("max_position_embeddings", "max_seq_len")
-    given = next((length for length in map(fields.optional_integer, keys) if length), None)
-    return dataclasses.replace(config, max_length=given or published_length(config) or DEFAULT_MAX_LENGTH)
+    lengths = [fields.optional_integer(key) for key in ("max_position_embeddings", "max_seq_len")]
+    length = lengths[0] or lengths[1] or published_length(config) or DEFAULT_MAX_LENGTH
+    return dataclasses.replace(config, max_length=length)
 
 
 def _head_dim(fields: Fields, latent: LatentAttentionConfig | None) -> int:

@@ -39,7 +39,7 @@ _WORDS: dict[Layout, dict[str, str]] = {
         "n_heads": "num_attention_heads",
         "n_kv_heads": "num_key_value_heads",
         "n_layers": "num_hidden_layers",
-        "n_experts": "num_local_experts",
+        "n_experts": "num_local_experts/n_routed_experts",
         "experts_per_token": "num_experts_per_tok",
         "first_dense_layers": "first_k_dense_replace",
         "yarn.beta_fast": "rope_parameters.beta_fast",

@@ -14,6 +14,21 @@ from .fields import Fields
 THETA_WITH_WINDOW = 1e4
 THETA_WITHOUT_WINDOW = 1e6
 
+# All that a block of config.json may say; what is left of an old block must not mix with a new one.
+_HF_KEYS = (
+    "rope_type",
+    "type",
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "llama_4_scaling_beta",
+    "truncate",
+)
+
 # What a float32 cosine can resolve; attention factors closer than this are the same.
 _SAME_FACTOR = 1e-7
 
@@ -114,25 +129,27 @@ class RopeDefaults:
 def rope_of_hf(fields: Fields, max_length: int, defaults: RopeDefaults) -> tuple[RopeConfig, TemperatureConfig | None]:
     """RoPE of a config.json, resolved as transformers 5 does: `rope_scaling`, `rope_parameters`, then the class."""
     block = _rope_block(fields, defaults)
-    given = (owner.optional_number("rope_theta", minimum=1.0) for owner in (block, fields))
+    given = [owner.optional_number("rope_theta", minimum=1.0) for owner in (block, fields)]
     theta = next((value for value in given if value is not None), defaults.theta)
     type_key = "rope_type" if block.has("rope_type") else "type"
     kind = block.choice(type_key, ("default", "yarn"), "default")
     for owner in (block, fields):
         share = owner.number("partial_rotary_factor", defaults.rotated_share, maximum=1.0)
         if not math.isclose(share, defaults.rotated_share):
-            raise owner.error("partial_rotary_factor", f"{defaults.rotated_share:g}, the part that this model turns")
+            raise owner.error(
+                "partial_rotary_factor", f"{defaults.rotated_share:g}, the part of head_dim that this model turns"
+            )
     temperature = _temperature_of_hf(block, kind, max_length) if defaults.tempered else None
     yarn = _yarn_of_hf(block, max_length) if kind == "yarn" else None
     return RopeConfig(theta=theta, yarn=yarn), temperature
 
 
 def _rope_block(fields: Fields, defaults: RopeDefaults) -> Fields:
-    legacy = fields.block("rope_scaling")
+    Fields({}, fields.name("rope_parameters"), fields.asked).knows(*_HF_KEYS)
+    legacy, block = fields.block("rope_scaling"), fields.block("rope_parameters")
     if legacy is not None and legacy.keys():
-        return legacy
-    block = fields.block("rope_parameters")
-    if block is None:
+        block = legacy
+    elif block is None:
         return Fields(defaults.block or {}, "rope_parameters", fields.asked)
     for nested in ("full_attention", "sliding_attention"):
         if block.has(nested):

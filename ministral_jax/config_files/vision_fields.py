@@ -94,7 +94,7 @@ def vision_of_hf(fields: Fields) -> VisionConfig:
 
 def _theta_of_hf(block: Fields) -> float:
     rope = block.block("rope_parameters")
-    given = (owner.optional_number("rope_theta", minimum=1.0) for owner in (rope, block) if owner is not None)
+    given = [owner.optional_number("rope_theta", minimum=1.0) for owner in (rope, block) if owner is not None]
     return next((theta for theta in given if theta is not None), 1e4)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import ModelConfig
-from .fields import Fields
+from .fields import Fields, joined_name
 from .layout import Layout
 
 Read = Callable[[Fields], ModelConfig]
@@ -34,10 +34,10 @@ def document_of(
 def _with_unknown_keys(
     source: Mapping[str, Any], fresh: Mapping[str, Any], known: set[str], where: str = ""
 ) -> dict[str, Any]:
-    merged = {key: value for key, value in source.items() if where + key not in known}
+    merged = {key: value for key, value in source.items() if joined_name(where, key) not in known}
     for key, value in fresh.items():
         old = source.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            value = _with_unknown_keys(old, value, known, f"{where}{key}.")
+            value = _with_unknown_keys(old, value, known, joined_name(where, key))
         merged[key] = value
     return merged
