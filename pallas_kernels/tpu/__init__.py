@@ -1,0 +1,1 @@
+"""Attention kernels for TPU, written in Pallas and lowered by Mosaic."""
