@@ -286,7 +286,7 @@ def find(name: str) -> ModelEntry:
     wanted = name.strip().lower().rpartition("/")[2]
     if _without_variant(wanted) in ("ministral-3b-2410", "ministral-3b"):
         raise ConfigError(
-            f"{name}: the weights of Ministral 3B (2410) were never published; "
+            f"{name!r}: the weights of Ministral 3B (2410) were never published; "
             "the nearest are ministral-8b-instruct-2410 and ministral-3-3b-instruct-2512"
         )
     for entry in MODELS:
@@ -296,7 +296,7 @@ def find(name: str) -> ModelEntry:
     if len(fitting) == 1:
         return fitting[0]
     names = [entry.name for entry in fitting] or _nearest(wanted)
-    raise ConfigError(f"{name}: no published model has this name; the nearest are {', '.join(names)}")
+    raise ConfigError(f"{name!r}: no published model has this name; the nearest are {', '.join(names)}")
 
 
 def _without_variant(name: str) -> str:
