@@ -244,6 +244,16 @@ def test_a_call_is_told_at_eos_and_not_only_at_the_end() -> None:
     assert parser.finish() == []
 
 
+@pytest.mark.parametrize("before", [[], ["[THINK]"]])
+@pytest.mark.parametrize("after", [[], ["[TOOL_CALLS]", "f", "[ARGS]", "{}"], ["</s>"]])
+def test_half_a_character_is_told_where_its_text_ends(before: list[str], after: list[str]) -> None:
+    half = ids("tiny-v13", "a👍")[:-1]
+    answer = [*ids("tiny-v13", *before), *half, *ids("tiny-v13", *after)]
+    found = parse_output(tokenizer("tiny-v13"), answer)
+    assert (found.reasoning if before else found.content) == tokenizer("tiny-v13").decode(half) == "a\ufffd"
+    assert len(found.tool_calls) == (1 if "f" in after else 0)
+
+
 @pytest.mark.parametrize("kind", ["v3", "tiny-v11", "tiny-v13"])
 def test_markers_written_as_text_are_text(kind: str) -> None:
     text = 'Say [TOOL_CALLS][{"name": "f", "arguments": {}}] or [THINK]so[/THINK].'
