@@ -16,6 +16,14 @@ from tests.published_configs import CONFIGS, FP8_BLOCK, HF_MINISTRAL_8B, INT8, P
 
 LARGE = "mistral-large-3-675b-base-2512"
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+TINY = {
+    "model_type": "mistral",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+}
 DOCUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral 8b": ("params.json", PARAMS["ministral-8b-instruct-2410"]),
     "ministral 3": ("params.json", PARAMS["ministral-3-3b-instruct-2512"]),
@@ -24,13 +32,13 @@ DOCUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hf mixed windows": (
         "config.json",
         {
-            **HF_MINISTRAL_8B,
+            **TINY,
             "model_type": "ministral",
-            "num_hidden_layers": 4,
+            "sliding_window": 8,
             "layer_types": ["full_attention", "sliding_attention"] * 2,
         },
     ),
-    "hf legacy yarn": ("config.json", {**HF_MINISTRAL_8B, "rope_scaling": {**YARN, "mscale": 1.0}}),
+    "hf legacy yarn": ("config.json", {**TINY, "rope_scaling": {**YARN, "mscale": 1.0}}),
     "hf ministral 3": ("config.json", CONFIGS["ministral-3-3b-instruct-2512"]),
     "hf mixtral": ("config.json", CONFIGS["mixtral-8x7b-instruct-v0.1"]),
     "hf small 4": ("config.json", CONFIGS["mistral-small-4-119b-instruct-2603"]),
