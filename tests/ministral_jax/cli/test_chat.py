@@ -32,7 +32,7 @@ class Terminal:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
-    """Makes the model answer with given parts (control tokens by name), or be interrupted; returns the prompts it saw."""
+    """Makes the model answer with given parts (control tokens by name); returns the prompts it saw."""
     tokenizer = Tokenizer.load(checkpoint)
 
     def set_answers(*answers: Sequence[str]) -> list[list[int]]:

@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_version_is_that_of_the_package(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--version"])
     declared = next(line for line in (HOME / "pyproject.toml").read_text().splitlines() if line.startswith("version"))
     assert capsys.readouterr().out == f"ministral {json.loads(declared.partition('= ')[2])}\n"
@@ -39,7 +39,7 @@ def test_version_is_that_of_the_package(capsys):
 
 @pytest.mark.parametrize("command", ["demo", "chat", "generate", "score", "inspect"])
 def test_every_command_has_help_with_an_example(command, capsys):
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main([command, "--help"])
     assert f"\nexample:\n  ministral {command}" in capsys.readouterr().out
 
@@ -59,7 +59,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
     ],
 )
 def test_wrong_usage_ends_with_2(arguments, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(arguments)
     assert capsys.readouterr().out == ""
 

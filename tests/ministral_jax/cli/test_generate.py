@@ -1,4 +1,4 @@
-"""`ministral generate`: its JSON contract, streams, batches. Greedy tokens are held against scoring the result again."""
+"""`ministral generate`: its JSON contract, streams, batches. Greedy tokens are held against scoring."""
 
 import io
 import json

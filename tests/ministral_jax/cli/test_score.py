@@ -1,4 +1,4 @@
-"""`ministral score`: its JSON contract, texts, and files scored in blocks. Numbers are held against the model's logits."""
+"""`ministral score`: its JSON contract, texts, and files in blocks. Numbers are held against the model's logits."""
 
 import io
 import json
@@ -77,7 +77,7 @@ def test_the_summary_of_a_text_is_the_mean_of_its_logprobs(checkpoint, capsys):
 
 
 def test_a_text_is_read_from_stdin(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("the thing".encode())))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the thing")))
     piped = run(capsys, "score", str(checkpoint), "--file", "-", "--json")
     assert piped == run(capsys, "score", str(checkpoint), "--text", "the thing", "--json")
 
