@@ -22,6 +22,7 @@ TINY = {
     "num_hidden_layers": 4,
     "intermediate_size": 96,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 128,
 }
 DOCUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
