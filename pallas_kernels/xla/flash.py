@@ -154,7 +154,7 @@ def _forward(shape: Shape, q: Array, k: Array, v: Array, positions: Positions) -
 
 def _forward_with_residuals(
     shape: Shape, q: Array, k: Array, v: Array, positions: Positions
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+) -> tuple[tuple[Array, Array], tuple[Array | Positions, ...]]:
     out, lse = _forward(shape, q, k, v, positions)
     return (out, lse), (q, k, v, positions, out, lse)
 
