@@ -310,13 +310,13 @@ def _nearest(wanted: str) -> list[str]:
 
 
 def published_length(config: ModelConfig) -> int | None:
-    """Maximal length of the published text decoder that is `config` in everything else, or None."""
+    """Maximal length of the published text decoder that is `config` in everything but the vocabulary, or None."""
     same = (entry for entry in MODELS if _differences(config, entry.config) <= _NOT_THE_DECODER)
     entry = next(same, None)
     return None if entry is None else entry.config.max_length
 
 
-_NOT_THE_DECODER = {"max_length", "vision", "quantization", "extra"}
+_NOT_THE_DECODER = {"max_length", "vocab_size", "vision", "quantization", "extra"}
 
 
 def _differences(one: ModelConfig, other: ModelConfig) -> set[str]:
@@ -328,25 +328,32 @@ def is_ministral_8b_windowed_everywhere(config: ModelConfig) -> bool:
     """Whether `config` is what the published config.json of Ministral 8B 2410 says, vocabulary and length apart."""
     if set(config.windows) != {32768}:
         return False
-    return _differences(config, _MINISTRAL_8B) <= _NOT_THE_DECODER | {"windows", "vocab_size"}
+    return _differences(config, _MINISTRAL_8B) <= _NOT_THE_DECODER | {"windows"}
 
 
 def with_windows(config: ModelConfig, windows: str | Sequence[Window]) -> ModelConfig:
     """`config` with other windows: a name of WINDOW_PATTERNS, or a list that is repeated over the layers.
 
+    What thereby becomes a published model gets its maximal length, where that is longer: the config.json of Ministral
+    8B stops at its window, the model with the trained pattern does not.
+
     Raises ConfigError for an unknown name, for a pattern that does not tile the layers, and for "interleaved" on a
     model that has no window or more than one.
     """
-    if not isinstance(windows, str):
-        return config.with_windows(*windows)
-    if windows == "full":
-        return config.with_windows(None)
-    if windows == "ministral-8b":
-        return config.with_windows(*_MINISTRAL_8B_PATTERN)
-    if windows != "interleaved":
-        raise ConfigError(f"windows={windows!r} is not known: expected one of {', '.join(WINDOW_PATTERNS)}")
-    widths = set(config.windows) - {None}
+    changed = config.with_windows(*(_pattern(config, windows) if isinstance(windows, str) else windows))
+    length = published_length(changed)
+    return changed if length is None else dataclasses.replace(changed, max_length=max(length, config.max_length))
+
+
+def _pattern(config: ModelConfig, name: str) -> tuple[Window, ...]:
+    if name == "full":
+        return (None,)
+    if name == "ministral-8b":
+        return _MINISTRAL_8B_PATTERN
+    if name != "interleaved":
+        raise ConfigError(f"windows={name!r} is not known: expected one of {', '.join(WINDOW_PATTERNS)}")
+    widths = sorted({window for window in config.windows if window is not None})
     if len(widths) != 1:
-        found = ", ".join(map(str, sorted(width for width in widths if width))) or "none"
+        found = ", ".join(map(str, widths)) or "none"
         raise ConfigError(f"windows='interleaved' needs a model with one window width, this one has: {found}")
-    return config.with_windows(None, *widths, *widths, *widths)
+    return (None, widths[0], widths[0], widths[0])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import catalog
-from ..config import ModelConfig
+from ..config import ModelConfig, Window
 from ..errors import ConfigError
 from .config_json import config_from_hf
 from .json_file import read_json_object
@@ -48,10 +48,11 @@ _WORDS: dict[Layout, dict[str, str]] = {
 }
 
 
-def read_config(source: str | Path) -> ModelConfig:
+def read_config(source: str | Path, *, windows: str | Sequence[Window] | None = None) -> ModelConfig:
     """The config in the folder `source` (its params.json or config.json, by `detect_layout`), or in that very file.
 
-    Raises ConfigError on one line: file, key, what was found, what was expected.
+    `windows` replaces the file's, as in `catalog.with_windows`. Raises ConfigError on one line: file, key, what was
+    found, what was expected.
     """
     path, layout = _locate(Path(source))
     document = read_json_object(path)
@@ -61,6 +62,8 @@ def read_config(source: str | Path) -> ModelConfig:
         raise ConfigError(f"{path}: {_in_words_of_the_file(str(problem), layout)}") from None
     if layout == "hf":
         _tell_about_layer_types(path, document)
+    if windows is not None:
+        return catalog.with_windows(config, windows)
     _tell_about_windows(path, config)
     return config
 

@@ -126,6 +126,7 @@ def test_window_patterns_by_name() -> None:
     assert catalog.with_windows(config, "ministral-8b").windows == (None, 32768, 32768, 32768) * 8
     assert catalog.with_windows(config, "full").windows == (None,) * 32
     assert catalog.with_windows(config, [None, 8]).windows == (None, 8) * 16
+    assert catalog.with_windows(config, "full").max_length == config.max_length  # no published model
     for name in catalog.WINDOW_PATTERNS:
         catalog.with_windows(config, name)
 
