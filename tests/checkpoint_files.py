@@ -50,6 +50,9 @@ def tiny_config(kind: Kind = "mistral", **changes: object) -> ModelConfig:
         }
     if kind == "wide_heads":
         fields |= {"head_dim": 24, "n_heads": 6, "n_kv_heads": 3}
+    if "n_layers" in changes and "windows" not in changes:
+        pattern = fields["windows"]
+        changes["windows"] = tuple(pattern[i % len(pattern)] for i in range(changes["n_layers"]))  # type: ignore[index,arg-type,call-overload]
     return ModelConfig(**(fields | changes))  # type: ignore[arg-type]
 
 

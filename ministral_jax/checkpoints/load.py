@@ -15,17 +15,17 @@ import numpy as np
 
 from pallas_kernels.flash_attention import Implementation
 
-from ..catalog import with_windows
 from ..config import ModelConfig, Window
 from ..config_files import CONFIG_FILE_NAMES, detect_layout, read_config
 from ..errors import CheckpointError, ConfigError
 from ..parameters import ParameterSpec, fill, parameter_specs
 from ..rope import half_split_rows
-from ..transformer import Transformer
+from ..transformer import Transformer, refuse_missing_layers
 from .hub import resolve
+from .json_pieces import shown
 from .layouts import EMBEDDINGS, HEAD, ReadPlan, Source, plan_reading
 from .safetensors import aligned_empty
-from .safetensors_header import DTYPE_NAMES, shown
+from .safetensors_header import DTYPE_NAMES
 from .weight_files import WeightFiles
 
 logger = logging.getLogger("ministral_jax")
@@ -72,29 +72,47 @@ def load_model(
     """
     folder = Path(directory)
     layout = detect_layout(folder)
-    config = read_config(folder) if windows is None else with_windows(read_config(folder), windows)
-    names = list(parameter_specs(Transformer(config)))  # before any file is opened, for what cannot be computed yet
+    config = read_config(folder, windows=windows)
+    refuse_missing_layers(config)  # before any file is opened
     with WeightFiles(folder, layout) as files:
-        plan = plan_reading(names, files.tensors, config, layout)
-        _require_complete(plan, files, CONFIG_FILE_NAMES[layout])
+        plan = match_tensors(files, config)
         if plan.unread:
             groups = ", ".join(f"{count} {group}" for group, count in plan.unread.items())
             logger.info("%s: tensors that the text model does not read: %s", folder, groups)
+        config = _with_decided_head(config, plan, files)
         sources = dict(plan.sources)
-        config = _with_decided_head(config, plan, files, CONFIG_FILE_NAMES[layout])
         if plan.head and not config.tied_embeddings:
             sources[HEAD] = plan.head
         abstract = Transformer(config, _compute_dtype(dtype, files, sources), attention=attention)
-        for name, spec in parameter_specs(abstract).items():
-            _require_fits(sources[name], spec, files, CONFIG_FILE_NAMES[layout])
         return fill(abstract, lambda name, spec: _array(files, sources[name], name, spec, placement))
+
+
+def match_tensors(files: WeightFiles, config: ModelConfig) -> ReadPlan:
+    """Where each parameter of `config` lies in `files`, by their headers alone.
+
+    Raises CheckpointError naming a tensor that is missing, belongs to no such model, or has another shape or dtype.
+    """
+    config_name = CONFIG_FILE_NAMES[files.layout]
+    specs = parameter_specs(Transformer(config))
+    plan = plan_reading(specs, files.tensors, config, files.layout)
+    _require_complete(plan, files, config_name)
+    if plan.head is None and not config.tied_embeddings:
+        raise CheckpointError(
+            f"{files.source}: no output head is there, and {config_name} does not tie it to the "
+            "embeddings; expected one of the two"
+        )
+    for name, spec in specs.items():
+        source = plan.head if name == HEAD else plan.sources[name]
+        if source is not None:
+            _require_fits(source, spec, files, config_name)
+    return plan
 
 
 def _require_complete(plan: ReadPlan, files: WeightFiles, config_name: str) -> None:
     if plan.missing:
         raise CheckpointError(
-            f"{files.directory}: tensor {shown(plan.missing[0])}{_and_more(plan.missing)} is in none of its weight "
-            f"files; expected by {config_name}"
+            f"{files.source}: tensor {shown(plan.missing[0])}{_and_more(plan.missing)} is missing; expected by "
+            f"{config_name}"
         )
     if plan.extra:
         raise CheckpointError(
@@ -107,17 +125,12 @@ def _and_more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _with_decided_head(config: ModelConfig, plan: ReadPlan, files: WeightFiles, config_name: str) -> ModelConfig:
+def _with_decided_head(config: ModelConfig, plan: ReadPlan, files: WeightFiles) -> ModelConfig:
     """The config, untied if the file has a head that differs from the embeddings: as in transformers, the file wins."""
-    if not config.tied_embeddings:
-        if plan.head is None:
-            raise CheckpointError(
-                f"{files.directory}: no output head in the weight files, and {config_name} does not tie it to the "
-                "embeddings; expected one of the two"
-            )
+    if not config.tied_embeddings or plan.head is None or _same_values(files, plan.sources[EMBEDDINGS], plan.head):
         return config
-    if plan.head is None or _same_values(files, plan.sources[EMBEDDINGS], plan.head):
-        return config
+    config_name = CONFIG_FILE_NAMES[files.layout]
+    _require_fits(plan.head, parameter_specs(Transformer(config))[EMBEDDINGS], files, config_name)
     logger.warning(
         "%s: its output head differs from the embeddings, which %s ties: both are kept", files.directory, config_name
     )

@@ -18,7 +18,8 @@ from types import TracebackType
 import numpy as np
 
 from ..errors import CheckpointError
-from .safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, parse_header, shown
+from .json_pieces import shown
+from .safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, parse_header
 
 # jax on CPU takes host memory over, without a copy, when it starts at a multiple of this.
 ALIGNMENT = 64
@@ -42,7 +43,7 @@ class SafetensorsFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._file = _open_regular(self.path)
+        self._file = open_regular(self.path)
         try:
             raw, size = _header_bytes(self._file, self.path)
             self.tensors, self.metadata = parse_header(raw, size, self.path)
@@ -108,18 +109,20 @@ def _byte_strides(info: TensorInfo) -> list[int]:
     return [math.prod(info.shape[axis + 1 :]) * info.dtype.itemsize for axis in range(len(info.shape))]
 
 
-def _open_regular(path: Path) -> io.FileIO:
+def open_regular(path: Path) -> io.FileIO:
+    """The file at `path`, if it is one that ends."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, a device never end
-            raise CheckpointError(f"{path}: not a regular file; expected a safetensors file")
+            raise CheckpointError(f"{path}: not a regular file; expected a file of weights or their index")
         return io.FileIO(path, "rb")
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; expected a safetensors file") from None
+        raise CheckpointError(f"{path}: no such file; expected one of weights or their index") from None
     except OSError as problem:
         raise CheckpointError(f"{path}: cannot be opened ({problem.strerror})") from None
 
 
-def _read_up_to(file: io.FileIO, count: int) -> bytes:
+def read_up_to(file: io.FileIO, count: int) -> bytes:
+    """The next `count` bytes, or those that there are."""
     pieces = bytearray()
     while len(pieces) < count and (piece := file.read(count - len(pieces))):
         pieces += piece
@@ -130,7 +133,7 @@ def _header_bytes(file: io.FileIO, path: Path) -> tuple[bytes, int]:
     """The header and the size of the whole file."""
     try:
         size = os.fstat(file.fileno()).st_size
-        prefix = _read_up_to(file, LENGTH_BYTES)
+        prefix = read_up_to(file, LENGTH_BYTES)
         length = int.from_bytes(prefix, "little")
         expected = None
         if len(prefix) < LENGTH_BYTES:
@@ -144,6 +147,6 @@ def _header_bytes(file: io.FileIO, path: Path) -> tuple[bytes, int]:
                 f"{path}: its first 8 bytes announce a header of {length} bytes, expected {expected}: damaged, "
                 "truncated, or not a safetensors file"
             )
-        return _read_up_to(file, length), size
+        return read_up_to(file, length), size
     except OSError as problem:
         raise CheckpointError(f"{path}: cannot be read ({problem.strerror})") from None

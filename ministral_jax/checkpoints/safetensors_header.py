@@ -6,9 +6,8 @@ but CheckpointError, in one line.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
+from .json_pieces import JsonPieces, shown
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -38,10 +38,8 @@ DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 LENGTH_BYTES = 8
-# The format's own limit. The next two bound what a hostile header can make of its bytes (lists of empty lists, say).
-MAX_HEADER_BYTES = 100_000_000
-MAX_ENTRY_CHARACTERS = 4096
-MAX_METADATA_CHARACTERS = 4_000_000
+METADATA = "__metadata__"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_RANK = 32
 
 
@@ -62,114 +60,26 @@ class TensorInfo:
         return self.begin + self.n_bytes
 
 
-def shown(name: object) -> str:
-    """Something out of a file, safe for a one-line message: quoted, escaped, not much longer than 100 characters."""
-    text = repr(name)
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
-
-
 def parse_header(raw: bytes, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata described by the header `raw` of a file of `size` bytes; `path` is for messages."""
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as problem:
-        raise CheckpointError(f"{path}: the header is not UTF-8 at its byte {problem.start}") from None
+    header = JsonPieces(raw, path, "header")
+    if not header.text.startswith("{"):
+        raise CheckpointError(f"{path}: header begins with {shown(header.text[:1])}; expected '{{'")
     metadata: dict[str, str] = {}
     tensors: dict[str, TensorInfo] = {}
     data_start = LENGTH_BYTES + len(raw)
-    seen: set[str] = set()
-    for name, value in _Entries(text, path):
-        if name in seen:
-            raise CheckpointError(f"{path}: the header describes {shown(name)} twice")
-        seen.add(name)
-        if name == "__metadata__":
-            metadata = _metadata(value, path)
+
+    def member(name: str) -> Any:
+        return dict(header.object(lambda key: header.string())) if name == METADATA else header.value()
+
+    for name, value in header.object(member):
+        if name == METADATA:
+            metadata = value
         else:
             tensors[name] = _tensor_info(name, value, data_start, path)
+    header.end()
     _require_gapless(tensors, data_start, size, path)
     return tensors, metadata
-
-
-class _Refused(ValueError):
-    """JSON that Python would take and we do not."""
-
-
-def _no_constant(text: str) -> Any:
-    raise _Refused(f"{text} is not JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise _Refused("a key appears twice in one object")
-    return dict(pairs)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
-class _Entries:
-    """The pairs of the outermost object one by one, each decoded within a bounded window: nothing large is built."""
-
-    def __init__(self, text: str, path: Path) -> None:
-        self.text, self.path, self.at = text, path, 0
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        if not self.text.startswith("{"):
-            raise self._error("does not begin with '{'")
-        self.at = 1
-        if self._next() != "}":
-            yield self._pair()
-            while self._next() == ",":
-                self.at += 1
-                yield self._pair()
-            if self._next() != "}":
-                raise self._error("neither ',' nor '}' after a description")
-        self.at += 1
-        if self._next():
-            raise self._error("something follows the last '}'")
-
-    def _error(self, found: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: header, character {self.at}: {found}; expected a JSON object of tensor descriptions"
-        )
-
-    def _next(self) -> str:
-        """The next character that is no blank, without taking it; empty at the end."""
-        while (character := self.text[self.at : self.at + 1]) and character in " \t\n\r":
-            self.at += 1
-        return character
-
-    def _pair(self) -> tuple[str, Any]:
-        name = self._value(MAX_ENTRY_CHARACTERS)
-        if not isinstance(name, str):
-            raise self._error(f"{shown(name)} in place of a name")
-        if self._next() != ":":
-            raise self._error(f"no ':' after {shown(name)}")
-        self.at += 1
-        return name, self._value(MAX_METADATA_CHARACTERS if name == "__metadata__" else MAX_ENTRY_CHARACTERS)
-
-    def _value(self, limit: int) -> Any:
-        self._next()
-        try:
-            value, used = _DECODER.raw_decode(self.text[self.at : self.at + limit])
-        except json.JSONDecodeError as problem:
-            cut = f" (or longer than {limit} characters)" if len(self.text) - self.at > limit else ""
-            raise self._error(f"not JSON{cut}: {problem.msg}") from None
-        except RecursionError:
-            raise self._error("nested too deeply") from None
-        except ValueError as problem:  # a refused constant or key, or an integer of thousands of digits
-            raise self._error(str(problem)) from None
-        self.at += used
-        return value
-
-
-def _metadata(value: Any, path: Path) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: __metadata__ is {shown(value)}; expected an object of strings")
-    for key, item in value.items():
-        if not isinstance(item, str):
-            raise CheckpointError(f"{path}: __metadata__[{shown(key)}] is {shown(item)}; expected a string")
-    return value
 
 
 def _whole_numbers(value: Any) -> bool:

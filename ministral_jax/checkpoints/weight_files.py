@@ -11,14 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
-from ..config_files.json_file import read_json_object
 from ..config_files.layout import Layout
-from ..errors import CheckpointError, ConfigError
-from .safetensors import SafetensorsFile
-from .safetensors_header import TensorInfo, shown
+from ..errors import CheckpointError
+from .json_pieces import JsonPieces, shown
+from .safetensors import SafetensorsFile, open_regular, read_up_to
+from .safetensors_header import MAX_HEADER_BYTES, TensorInfo
 
 logger = logging.getLogger("ministral_jax")
 
@@ -37,14 +38,17 @@ def is_weight_file(name: str, layout: Layout) -> bool:
 class WeightFiles:
     """The weight files of one layout in a folder, opened: `tensors` by name over all of them. A context manager.
 
+    `source` is what to name in a message about all of them: the only file, their index, or the folder.
     Raises CheckpointError in one line for files that are missing, damaged, or at odds with each other or their index.
     """
 
     def __init__(self, directory: str | Path, layout: Layout) -> None:
-        self.directory, self.layout = Path(directory), layout
+        self.directory = Path(directory)
+        self.layout: Layout = layout
         self.tensors: dict[str, TensorInfo] = {}
         self._home: dict[str, SafetensorsFile] = {}
         paths, index = weight_paths(self.directory, layout)
+        self.source = paths[0] if len(paths) == 1 else index.path if index else self.directory
         with contextlib.ExitStack() as opened:
             for path in paths:
                 self._add(opened.enter_context(SafetensorsFile(path)))
@@ -102,17 +106,17 @@ class WeightIndex:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            document = read_json_object(path)
-        except ConfigError as problem:
-            raise CheckpointError(str(problem)) from None
-        listed = document.get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise CheckpointError(f"{path}: weight_map is {shown(listed)}; expected an object from tensor to file name")
-        for name, file_name in listed.items():
-            if not isinstance(file_name, str):
-                raise CheckpointError(f"{path}: weight_map[{shown(name)}] is {shown(file_name)}; expected a file name")
-        self.files: Mapping[str, str] = listed
+        text = JsonPieces(_index_bytes(path), path, "index")
+
+        def member(key: str) -> Any:
+            return dict(text.object(lambda name: text.string())) if key == "weight_map" else text.value()
+
+        self.files: Mapping[str, str] = dict(text.object(member)).get("weight_map", {})
+        text.end()
+        if not self.files:
+            raise CheckpointError(
+                f"{path}: weight_map is empty or missing; expected an object from tensor to file name"
+            )
 
     def paths(self) -> list[Path]:
         """The listed files, each once and each truly in the folder of the index (or among the blobs of a hub cache)."""
@@ -139,6 +143,17 @@ class WeightIndex:
                 f"{self.path}: weight_map names {shown(file_name)}, a link out of the folder; expected a file in it"
             )
         return path
+
+
+def _index_bytes(path: Path) -> bytes:
+    with open_regular(path) as file:
+        try:
+            raw = read_up_to(file, MAX_HEADER_BYTES + 1)
+        except OSError as problem:
+            raise CheckpointError(f"{path}: cannot be read ({problem.strerror})") from None
+    if len(raw) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: more than {MAX_HEADER_BYTES} bytes; expected a list of tensors")
+    return raw
 
 
 def weight_paths(directory: Path, layout: Layout) -> tuple[list[Path], WeightIndex | None]:
