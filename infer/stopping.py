@@ -18,10 +18,11 @@ class StopStrings:
         if not self._stops or self.found:
             return "" if self.found else text
         self._held += text
-        starts = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if starts:
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            # The stop string that is complete first: the same whether text comes whole or letter by letter.
             self.found = True
-            safe, self._held = self._held[: min(starts)], ""
+            safe, self._held = self._held[: min(found)[1]], ""
             return safe
         keep = max(self._overlap(stop) for stop in self._stops)
         cut = len(self._held) - keep
