@@ -1,0 +1,193 @@
+"""flash_attention on Hopper GPUs: checks, padding and the gradient around the three kernels. Imports no kernel itself.
+
+The kernels need jax 0.11 (Mosaic GPU with warpgroup semantics); this module imports under any jax and says so when asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from ..xla.flash import flash_attention_xla
+from .extent import Extent
+from .tiles import TILE, TILES, Tiles
+
+OLDEST_JAX = (0, 11)
+DTYPES = ("bfloat16", "float16")
+LOG2_E = 1.4426950408889634
+UNSEEN = 1e30  # stands for the log-sum-exp of a row that sees nothing: every weight recomputed from it is 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the kernels depend on besides array shapes: all static."""
+
+    extent: Extent
+    scale: float
+    tiles: Tiles
+    interpret: Any
+
+
+def unsupported(q: Array, k: Array, v: Array, scale: float) -> str | None:
+    """Why the Hopper kernels cannot take these arguments, in one line; None if they can."""
+    if jax.__version_info__[:2] < OLDEST_JAX:
+        return f"the Hopper kernels need jax >= 0.11, found {jax.__version__}"
+    if q.dtype.name not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"the Hopper kernels take {' or '.join(DTYPES)}, one for all: q is {q.dtype}, k {k.dtype}, v {v.dtype}"
+    if (widths := (q.shape[-1], v.shape[-1])) not in TILES:
+        return f"head widths (q, v) = {widths}: the Hopper kernels have {', '.join(map(str, TILES))}"
+    if not (q.shape[1] and k.shape[1]):
+        return f"q has {q.shape[1]} rows and k has {k.shape[1]}: the Hopper kernels need at least one of each"
+    if not scale > 0:
+        return f"scale={scale}: the Hopper kernels need a positive one"
+    return None
+
+
+def flash_attention_gpu(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    *,
+    window: int | None,
+    query_segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """As `flash_attention_reference`, on Hopper. Differentiable in q, k, v, through both results.
+
+    Args:
+      interpret: True runs the kernels on the CPU, in Mosaic GPU's interpreter with its race detector on; or the
+        interpreter's parameters.
+
+    Segments whose ids each fill one unbroken run of positions are handled by the kernels. Where an id returns after
+    another one, which is only known when the call runs, the blockwise XLA implementation takes over.
+
+    Raises ValueError for what `unsupported` names.
+    """
+    if reason := unsupported(q, k, v, scale):
+        raise ValueError(f"implementation='pallas_gpu': {reason}")
+    plan = Plan(Extent(window, q.shape[1], k.shape[1]), scale, TILES[q.shape[-1], v.shape[-1]], _interpreter(interpret))
+    offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
+    if query_segments is None or key_segments is None:
+        return _attend(plan, q, k, v, offset, None)
+
+    from .spans import unbroken
+
+    def by_xla() -> tuple[Array, Array]:
+        return flash_attention_xla(
+            q,
+            k,
+            v,
+            window=window,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            query_offset=query_offset,
+            scale=scale,
+        )
+
+    segments = query_segments.astype(jnp.int32), key_segments.astype(jnp.int32)
+    in_runs = unbroken(segments[0]) & unbroken(segments[1])
+    return jax.lax.cond(in_runs, lambda: _attend(plan, q, k, v, offset, segments), by_xla)
+
+
+def _interpreter(interpret: Any) -> Any:
+    if interpret is not True:
+        return interpret
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(detect_races=True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _pad_rows(x: Array, multiple: int, axis: int = 1, value: float = 0.0) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, q: Array, k: Array, v: Array, offset: Array, segments: Any) -> tuple[Array, Array]:
+    return _forward(plan, q, k, v, offset, segments)
+
+
+def _forward(plan: Plan, q: Array, k: Array, v: Array, offset: Array, segments: Any) -> tuple[Array, Array]:
+    from . import flash_forward
+    from .spans import query_spans
+
+    block = plan.tiles.forward_block
+    q, k, v = (_pad_rows(x, TILE) for x in (q, k, v))
+    spans = None if segments is None else query_spans(plan.extent, *segments, offset, block)
+    out, lse = flash_forward.flash_forward(
+        flash_forward.Operands(q, k, v, offset, spans),
+        extent=plan.extent,
+        scale=plan.scale,
+        block=block,
+        stages=plan.tiles.forward_stages,
+        interpret=plan.interpret,
+    )
+    rows = plan.extent.queries
+    return out[:, :rows], lse[:, :, :rows].transpose(0, 2, 1)
+
+
+def _forward_with_residuals(
+    plan: Plan, q: Array, k: Array, v: Array, offset: Array, segments: Any
+) -> tuple[tuple[Array, Array], tuple]:
+    out, lse = _forward(plan, q, k, v, offset, segments)
+    return (out, lse), (q, k, v, offset, segments, out, lse)
+
+
+def _backward(plan: Plan, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+    q, k, v, offset, segments, out, lse = residuals
+    d_out, d_lse = cotangents
+    dq, dk, dv = backward(plan, q, k, v, offset, segments, out, lse, d_out, d_lse)
+    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (offset, segments))
+    return dq, dk, dv, *no_gradient
+
+
+_attend.defvjp(_forward_with_residuals, _backward)
+
+
+def backward(
+    plan: Plan,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    offset: Int[Array, "1"],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
+    out: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B T N"],
+    d_out: Float[Array, "B T N Hv"],
+    d_lse: Float[Array, "B T N"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """The gradients of q, k and v, given both results of the forward pass and their gradients."""
+    from .flash_backward_key import flash_backward_key
+    from .flash_backward_query import Operands, flash_backward_query
+    from .spans import key_spans, query_spans
+
+    # dS = P * (dP - sum(dO * O) + dLSE): the last two are one number per row.
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
+    base_2 = jnp.where(jnp.isfinite(lse), lse * LOG2_E, UNSEEN)
+    q, k, v, d_out = (_pad_rows(x, TILE) for x in (q, k, v, d_out.astype(q.dtype)))
+    base_2 = _pad_rows(base_2.transpose(0, 2, 1), TILE, 2, UNSEEN)
+    delta = _pad_rows(delta.transpose(0, 2, 1), TILE, 2)
+    operands = Operands(q, k, v, d_out, base_2, delta, offset, None)
+    tiles, settings = plan.tiles, {"extent": plan.extent, "scale": plan.scale, "interpret": plan.interpret}
+    by_query = by_key = None
+    if segments is not None:
+        by_query = query_spans(plan.extent, *segments, offset, tiles.query_block)
+        by_key = key_spans(plan.extent, *segments, offset, tiles.key_block)
+    dq = flash_backward_query(
+        operands._replace(spans=by_query), block=tiles.query_block, stages=tiles.query_stages, **settings
+    )
+    dk, dv = flash_backward_key(
+        operands._replace(spans=by_key), block=tiles.key_block, stages=tiles.key_stages, **settings
+    )
+    return dq[:, : plan.extent.queries], dk[:, : plan.extent.keys], dv[:, : plan.extent.keys]
