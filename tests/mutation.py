@@ -3,7 +3,7 @@
 import copy
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,16 @@ def damaged_documents(document: dict[str, Any], seed: int | None = None, per_fie
         values = (*_VALUES, *_near(_at(document, path)))
         for value in values if seed is None else draw.sample(values, per_field):
             yield Damage(path, value, json.dumps(_with(document, path, value)))
+
+
+def documents_with_added_keys(
+    document: dict[str, Any], keys: Iterable[str], seed: int, per_key: int = 4
+) -> Iterator[Damage]:
+    """`document` with one more key at its root, for each of `keys` that it has not, with `per_key` kinds of value."""
+    draw = random.Random(seed)
+    for key in sorted(set(keys) - document.keys()):
+        for value in draw.sample(_VALUES[1:], per_key):
+            yield Damage((key,), value, json.dumps({**document, key: value}))
 
 
 def randomly_damaged_documents(document: dict[str, Any], seed: int, count: int) -> Iterator[Damage]:

@@ -82,8 +82,8 @@ def _in_words_of_the_file(message: str, layout: Layout) -> str:
 
 
 def _tell_about_layer_types(path: Path, document: Mapping[str, Any]) -> None:
-    text = document.get("text_config", document)
-    if text.get("model_type", "mistral") != "ministral" and text.get("layer_types") is not None:
+    text = document["text_config"] if document["model_type"] == "mistral3" else document
+    if text.get("model_type") != "ministral" and text.get("layer_types") is not None:
         logger.warning(
             "%s: layer_types is followed, though transformers follows it in model_type 'ministral' only", path
         )

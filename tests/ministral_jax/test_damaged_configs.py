@@ -11,7 +11,13 @@ from ministral_jax.config import ModelConfig
 from ministral_jax.config_files import hf_from_config, params_from_config, read_config
 from ministral_jax.errors import ConfigError
 from ministral_jax.rope import inverse_frequencies
-from tests.mutation import Damage, damaged_bytes, damaged_documents, randomly_damaged_documents
+from tests.mutation import (
+    Damage,
+    damaged_bytes,
+    damaged_documents,
+    documents_with_added_keys,
+    randomly_damaged_documents,
+)
 from tests.published_configs import CONFIGS, FP8_BLOCK, HF_MINISTRAL_8B, INT8, PARAMS
 
 LARGE = "mistral-large-3-675b-base-2512"
@@ -135,6 +141,15 @@ def test_every_damaged_field_is_refused_by_name_or_read(name: str, seed: str, tm
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_kind_of_damage_to_every_field_is_refused_by_name_or_read(name: str, tmp_path: Path) -> None:
     check_every_field(name, tmp_path, None)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_key_of_another_model_is_refused_by_name_or_read(name: str, seed: str, tmp_path: Path) -> None:
+    file_name, document = DOCUMENTS[name]
+    keys = [key for other, source in DOCUMENTS.values() if other == file_name for key in source]
+    for damage in documents_with_added_keys(document, keys, seed_of(seed)):
+        check_damage(damage, tmp_path / file_name, single=True)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
