@@ -26,7 +26,7 @@ SEPARATOR = "\n\n"
 WINDOWS_LONG = 6  # of the generated document: further than the windowed layers of one period see
 FACTS = 4  # of the generated document: the pass key and three other numbers
 PAGE_SIZE, PREFILL_CHUNK = 8, 64  # small, as the model's window is: pages of 64 tokens would hold two windows
-ANSWER_TOKENS = 12
+MOST_TOKENS = 64  # far more than an answer has: the same number is used to time the model, by the same programs
 
 _DESCRIPTION = """\
 Runs the bundled model, a small Ministral with interleaved attention windows: hides a pass
@@ -92,10 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     hidden = _hide(arguments, window * arguments.windows_long, count)
     _describe_document(hidden, window, count)
-    answer = _ask(generator, f"{hidden.document}{SEPARATOR}{QUESTION}")
+    prompt = f"{hidden.document}{SEPARATOR}{QUESTION}"
+    answer = _ask(generator, prompt)
     right = answer.strip() == hidden.key
     write("right\n" if right else f"wrong: it is {hidden.key}\n")
-    _describe_cost(generator)
+    _describe_cost(generator, prompt)
     return 0 if right else 1
 
 
@@ -141,24 +142,29 @@ def _describe_document(hidden: HiddenKey, window: int, count: Callable[[str], in
 
 
 def _ask(generator: Generator, prompt: str) -> str:
-    """Streams the answer and returns it. A first run compiles, so that the second one's time is the model's."""
+    """Streams the answer and returns it."""
     from infer.sampling import SamplingParams
 
-    messages, params = [{"role": "user", "content": prompt}], SamplingParams(max_tokens=ANSWER_TOKENS)
+    stream = generator.stream([{"role": "user", "content": prompt}], SamplingParams(max_tokens=MOST_TOKENS))
+    pieces = iter(stream)
     with waiting("compiling"):
-        generator.chat(messages, params)
+        piece = next(pieces, None)
     write("answer    ")
-    stream = generator.stream(messages, params)
-    for piece in stream:
+    while piece is not None:
         write(piece.text)
+        piece = next(pieces, None)
     write("\n")
     return stream.reply.message.content
 
 
-def _describe_cost(generator: Generator) -> None:
-    """Tokens per second, and the bytes of the cache as allocated beside those of one without windows."""
+def _describe_cost(generator: Generator, prompt: str) -> None:
+    """Tokens per second of a run that compiles nothing, and bytes of the cache beside those of one without windows."""
+    from infer.sampling import SamplingParams
+
     from ..cache import plan_cache
 
+    timed = SamplingParams(max_tokens=MOST_TOKENS, ignore_eos=True)
+    generator.chat([{"role": "user", "content": prompt}], timed)
     timing, plan, config = generator.timing, generator.cache_plan, generator.model.config
     assert plan is not None  # something was generated
     full = plan_cache(
