@@ -93,6 +93,10 @@ def match_tensors(files: WeightFiles, config: ModelConfig) -> ReadPlan:
     Raises CheckpointError naming a tensor that is missing, belongs to no such model, or has another shape or dtype.
     """
     config_name = CONFIG_FILE_NAMES[files.layout]
+    if len(files.tensors) < config.n_layers:  # before time is spent on thousands of layers that a number claims
+        raise CheckpointError(
+            f"{files.source}: {len(files.tensors)} tensors are too few for the {config.n_layers} layers in {config_name}"
+        )
     specs = parameter_specs(Transformer(config))
     plan = plan_reading(specs, files.tensors, config, files.layout)
     _require_complete(plan, files, config_name)
