@@ -335,3 +335,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 131072,
     },
 }
+
+# The least that a file can say, of small models that were never published.
+SMALL_PARAMS: dict[str, Any] = {
+    "dim": 64,
+    "n_layers": 8,
+    "hidden_dim": 96,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "vocab_size": 128,
+}
+SMALL_CONFIG: dict[str, Any] = {
+    "model_type": "mistral",
+    "hidden_size": 64,
+    "num_hidden_layers": 8,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128,
+    "sliding_window": None,
+}

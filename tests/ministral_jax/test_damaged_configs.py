@@ -201,6 +201,45 @@ def test_what_is_no_config_at_all_is_said_in_one_line(text: bytes, expected: str
     assert expected in found
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"quantization": {**FP8_BLOCK, "config_groups": {"a\n": {}}}}, "config_groups.'a\\n'.weights is missing"),
+        ({"yarn": {**PARAMS[LARGE]["yarn"], "alpha": 1e-320}}, "yarn.alpha=1e-320"),
+        ({"yarn": {**PARAMS[LARGE]["yarn"], "alpha": 64}}, "yarn.beta=32.0 is not allowed: expected at least alpha=64"),
+        ({"moe": {**PARAMS[LARGE]["moe"], "num_experts": 2}}, "moe.num_experts_per_tok=4 is not allowed"),
+        ({"n_kv_heads": 3}, "n_heads=128 is not divisible by n_kv_heads=3"),
+        ({"sliding_window": [None, 4]}, "sliding_window=[None, 4]: expected"),
+    ],
+)
+def test_an_error_speaks_the_language_of_params_json(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.json"
+    path.write_text(json.dumps({**PARAMS[LARGE], **keys}))
+    found = outcome(path)
+    assert isinstance(found, str)
+    check_message(found, path)
+    assert found.startswith(f"{path}: ")
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads=32 is not divisible by num_key_value_heads=3"),
+        ({"rope_scaling": {**YARN, "beta_slow": 64}}, "rope_parameters.beta_fast=32.0 is not allowed"),
+        ({"rope_scaling": {**YARN, "rope_type": "linear"}}, "rope_scaling.rope_type='linear': expected one of"),
+        ({"model_type": "llama"}, "model_type='llama': expected one of 'mistral', 'mixtral'"),
+    ],
+)
+def test_an_error_speaks_the_language_of_config_json(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**HF_MINISTRAL_8B, **keys}))
+    found = outcome(path)
+    assert isinstance(found, str)
+    check_message(found, path)
+    assert message in found
+
+
 @pytest.mark.parametrize("value", [True, "64", 64.0, -64, 0, None, 2**31, 10**40, [64], {"a": 64}])
 def test_a_width_that_is_no_positive_int32_is_refused_with_what_was_found(value: object, tmp_path: Path) -> None:
     path = tmp_path / "params.json"
