@@ -1,0 +1,58 @@
+"""mistral-inference on a CPU: its model, with the one kernel that has no CPU version written out. For the parity leg.
+
+Needs torch, and mistral_inference 1.6.0, xformers 0.0.35, simple-parsing and fire without their own dependencies.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+
+def _attention(torch: Any) -> Any:
+    """Softmax attention [1, T, N, H] under an xformers bias, which is materialised: the CPU has no fused kernel."""
+
+    def attend(q: Any, k: Any, v: Any, bias: Any) -> Any:
+        mask = bias.materialize((q.shape[1], k.shape[1]), dtype=q.dtype, device=q.device)
+        scores = torch.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5 + mask
+        return torch.einsum("bnts,bsnh->btnh", torch.softmax(scores, dim=-1), v).contiguous()
+
+    return attend
+
+
+def run_mistral_inference(folder: Path, sequences: np.ndarray, chunks: list[int]) -> np.ndarray:
+    """Logits [B, T, V] of equally long sequences, fed to its cache in `chunks`; skips where it is not installed.
+
+    The model is that of `params.json` and `consolidated.safetensors` in `folder`.
+    """
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("mistral_inference")
+        from mistral_inference import transformer_layers
+        from mistral_inference.args import TransformerArgs
+        from mistral_inference.cache import BufferCache
+        from mistral_inference.transformer import Transformer
+    B, T = sequences.shape
+    args = TransformerArgs.from_dict(json.loads((folder / "params.json").read_text()))
+    args.max_batch_size = B
+    model = Transformer(args)
+    weights = load_file(folder / "consolidated.safetensors")
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    cache = BufferCache(args.n_layers, B, T, args.n_kv_heads, args.head_dim, args.sliding_window)
+    for pool in (*cache.cache_k.values(), *cache.cache_v.values()):
+        pool.zero_()  # it is uninitialised, and the list window reads what was never written
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(transformer_layers, "memory_efficient_attention", _attention(torch))
+        parts = []
+        for part in np.split(sequences, np.cumsum(chunks)[:-1], axis=1):
+            tokens = torch.from_numpy(np.ascontiguousarray(part)).long().flatten()
+            logits = model(tokens, seqlens=[part.shape[1]] * B, cache=cache)
+            parts.append(logits.reshape(B, part.shape[1], -1).numpy())
+    return np.concatenate(parts, axis=1)
