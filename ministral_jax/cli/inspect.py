@@ -93,20 +93,18 @@ def _find(arguments: argparse.Namespace) -> Subject:
     from ..checkpoints.hub import resolve
     from ..config_files import read_config
 
+    windows = None if arguments.windows is None else parse_windows(arguments.windows)
     folder = Path(arguments.model).expanduser()
     if folder.is_dir() or "/" in arguments.model or arguments.revision is not None:
         folder = resolve(arguments.model, arguments.revision, weights=False)
-        subject = Subject(arguments.model, str(folder), read_config(folder), folder)
-    else:
-        try:
-            entry = find(arguments.model)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; nor is there a folder called so") from None
-        note = f" ({entry.note})" if entry.note else ""
-        subject = Subject(entry.name, f"the catalog, for {entry.repo_id}{note}", entry.config, None)
-    if arguments.windows is None:
-        return subject
-    return dataclasses.replace(subject, config=with_windows(subject.config, parse_windows(arguments.windows)))
+        return Subject(arguments.model, str(folder), read_config(folder, windows=windows), folder)
+    try:
+        entry = find(arguments.model)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; nor is there a folder called so") from None
+    note = f" ({entry.note})" if entry.note else ""
+    config = entry.config if windows is None else with_windows(entry.config, windows)
+    return Subject(entry.name, f"the catalog, for {entry.repo_id}{note}", config, None)
 
 
 def _report_files(folder: Path, config: ModelConfig) -> FilesReport | None:
