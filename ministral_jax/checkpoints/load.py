@@ -95,7 +95,7 @@ def match_tensors(files: WeightFiles, config: ModelConfig) -> ReadPlan:
     config_name = CONFIG_FILE_NAMES[files.layout]
     if len(files.tensors) < config.n_layers:  # before time is spent on thousands of layers that a number claims
         raise CheckpointError(
-            f"{files.source}: {len(files.tensors)} tensors are too few for the {config.n_layers} layers in {config_name}"
+            f"{files.source}: {len(files.tensors)} tensors, too few for the {config.n_layers} layers in {config_name}"
         )
     specs = parameter_specs(Transformer(config))
     plan = plan_reading(specs, files.tensors, config, files.layout)
