@@ -241,7 +241,7 @@ def test_headers_that_are_not_what_the_format_says_are_refused(folder, valid):
         assert_refused(folder, joined(text, data), what)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS, ids=["fixed", "fresh"])
 def test_a_byte_changed_anywhere_in_the_header_is_refused_unless_it_says_the_same(folder, valid, seed):
     generator = random.Random(seed)
     _, data = split(valid)
