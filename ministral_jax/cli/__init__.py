@@ -12,7 +12,7 @@ from .. import __version__
 from ..neighbours import require_neighbour
 from . import chat, demo, generate, inspect, score
 from .failures import run_guarded
-from .output import log_as_notes
+from .output import log_as_notes, take_any_text
 
 _COMMANDS = (demo, chat, generate, score, inspect)
 
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, or raises SystemExit for help, version and wrong usage."""
     arguments = build_parser().parse_args(argv)
+    take_any_text()
     with log_as_notes():
         return run_guarded(lambda: _run(arguments), debug=arguments.debug)
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+# The cache is allocated for prompt and answer: with no bound, a word to a model of 262144 tokens would cost 26 GiB.
+MAX_TOKENS = 1024
+
 Commands = Any  # argparse does not name the type that add_subparsers returns
 
 
@@ -58,7 +61,13 @@ def add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How an answer is chosen and where it ends."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=positive, metavar="N", help="most new tokens (default: what fits)")
+    group.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=MAX_TOKENS,
+        metavar="N",
+        help=f"most new tokens, as far as the context leaves room for them (default: {MAX_TOKENS})",
+    )
     group.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (default: 0)"
     )

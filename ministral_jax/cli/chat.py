@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -116,6 +117,8 @@ def _document(reply: ChatReply) -> dict[str, Any]:
 
 def _converse(session: ChatSession) -> None:
     """Reads messages from the terminal and answers them, until /exit, end of input, or two Ctrl-C in a row."""
+    with contextlib.suppress(ImportError):  # not on every system; its import gives input() line editing and a history
+        import readline  # noqa: F401
     note_to_people("/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer")
     interrupted = False
     while True:

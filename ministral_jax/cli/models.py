@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import MinistralError, TokenizerError
+from ..errors import MinistralError, RequestError, TokenizerError
 from .failures import UsageError
 from .output import waiting
 
@@ -55,6 +55,9 @@ def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse) -> Ope
     keep_compiled_programs()
     with waiting(f"loading {folder}"):
         model = load_model(folder, dtype=arguments.dtype, windows=windows)
+    longest = model.config.max_length
+    if arguments.max_length is not None and arguments.max_length > longest:
+        raise RequestError(f"--max-length {arguments.max_length}: expected at most {longest}, the model's context")
     return OpenModel(model, words, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -31,6 +32,13 @@ class _Notes(logging.Handler):
         note(record.getMessage())
 
 
+def take_any_text() -> None:
+    """Has characters that a terminal's encoding lacks shown as `?`, where Python would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 @contextmanager
 def log_as_notes() -> Iterator[None]:
     """Shows what the four packages log, as notes."""
@@ -57,8 +65,8 @@ def write(text: str) -> None:
 
 
 def write_json(document: Any) -> None:
-    """The one JSON document of a command, on one line of stdout."""
-    write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    """The one JSON document of a command, on one line of stdout; ASCII, which every terminal and pipe can take."""
+    write(json.dumps(document, allow_nan=False) + "\n")
 
 
 @contextmanager

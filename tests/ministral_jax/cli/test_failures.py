@@ -167,6 +167,14 @@ def test_a_reader_that_leaves_causes_no_complaint(bare_checkpoint):
     ours.stderr.close()
 
 
+def test_characters_that_the_output_cannot_show_are_replaced(checkpoint):
+    command = [sys.executable, "-m", "ministral_jax.cli", "score", str(checkpoint), "--text", "你"]
+    environment = {**os.environ, "PYTHONPATH": str(HOME), "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, cwd=HOME, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert b"'?'" in result.stdout
+
+
 def test_no_command_hides_debug():
     for command in ("chat", "generate", "score", "inspect"):
         given = ["--ids", "1"] if command in ("generate", "score") else []

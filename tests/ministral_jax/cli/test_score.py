@@ -87,6 +87,11 @@ def test_more_ids_than_the_context_are_refused(bare_checkpoint, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("ministral: 3 tokens to score: expected at most 2")
 
 
+def test_a_length_beyond_the_models_context_is_refused(bare_checkpoint, capsys):
+    assert main(["score", str(bare_checkpoint), "--ids", "1,2,3", "--max-length", "257"]) == 1
+    assert "--max-length 257: expected at most 256" in capsys.readouterr().err
+
+
 def test_text_needs_a_tokenizer_and_says_so(bare_checkpoint, capsys):
     assert main(["score", str(bare_checkpoint), "--text", "hello"]) == 1
     captured = capsys.readouterr()
