@@ -1,4 +1,4 @@
-"""Which blocks a tile visits and which of those need no mask: int32 arithmetic, the same inside and outside the kernels."""
+"""Which blocks a tile visits and which of those need no mask: int32 arithmetic, inside kernels and out."""
 
 from __future__ import annotations
 

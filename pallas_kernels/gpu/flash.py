@@ -1,6 +1,7 @@
 """flash_attention on Hopper GPUs: checks, padding and the gradient around the three kernels. Imports no kernel itself.
 
-The kernels need jax 0.11 (Mosaic GPU with warpgroup semantics); this module imports under any jax and says so when asked.
+The kernels need jax 0.11 (Mosaic GPU with warpgroup semantics). This module imports under any jax, and says so when
+asked.
 """
 
 from __future__ import annotations
@@ -35,19 +36,21 @@ class Plan:
     interpret: Any
 
 
-def unsupported(q: Array, k: Array, v: Array, scale: float) -> str | None:
-    """Why the Hopper kernels cannot take these arguments, in one line; None if they can."""
+def unsupported(dtypes: tuple[str, ...], widths: tuple[int, int]) -> str | None:
+    """Why the Hopper kernels cannot take q, k, v of these dtypes and (q, v) head widths, in one line; else None."""
     if jax.__version_info__[:2] < OLDEST_JAX:
         return f"the Hopper kernels need jax >= 0.11, found {jax.__version__}"
-    if q.dtype.name not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        return f"the Hopper kernels take {' or '.join(DTYPES)}, one for all: q is {q.dtype}, k {k.dtype}, v {v.dtype}"
-    if (widths := (q.shape[-1], v.shape[-1])) not in TILES:
-        return f"head widths (q, v) = {widths}: the Hopper kernels have {', '.join(map(str, TILES))}"
-    if not (q.shape[1] and k.shape[1]):
-        return f"q has {q.shape[1]} rows and k has {k.shape[1]}: the Hopper kernels need at least one of each"
-    if not scale > 0:
-        return f"scale={scale}: the Hopper kernels need a positive one"
+    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
+        return f"q, k, v are {', '.join(dtypes)}: the Hopper kernels take {' or '.join(DTYPES)}, one for all"
+    if kernel_widths(*widths) is None:
+        return f"head widths (q, v) are {widths}: the Hopper kernels go up to {max(TILES)}"
     return None
+
+
+def kernel_widths(width: int, value_width: int) -> tuple[int, int] | None:
+    """The narrowest pair of widths with a kernel that hold these; None where there is none."""
+    holding = [pair for pair in TILES if pair[0] >= width and pair[1] >= value_width]
+    return min(holding, key=sum, default=None)
 
 
 def flash_attention_gpu(
@@ -68,19 +71,27 @@ def flash_attention_gpu(
       interpret: True runs the kernels on the CPU, in Mosaic GPU's interpreter with its race detector on; or the
         interpreter's parameters.
 
-    Segments whose ids each fill one unbroken run of positions are handled by the kernels. Where an id returns after
-    another one, which is only known when the call runs, the blockwise XLA implementation takes over.
+    Head widths between those of `TILES` are padded with zeros to the next. Segments whose ids each fill one unbroken
+    run of positions are handled by the kernels. Where an id returns after another one, which is only known when the
+    call runs, the blockwise XLA implementation takes over.
 
     Raises ValueError for what `unsupported` names.
     """
-    if reason := unsupported(q, k, v, scale):
+    reason = unsupported(tuple(x.dtype.name for x in (q, k, v)), (q.shape[-1], v.shape[-1]))
+    widths = kernel_widths(q.shape[-1], v.shape[-1])
+    if reason is not None or widths is None:
         raise ValueError(f"implementation='pallas_gpu': {reason}")
-    plan = Plan(Extent(window, q.shape[1], k.shape[1]), scale, TILES[q.shape[-1], v.shape[-1]], _interpreter(interpret))
+    (B, T, N, _), S, Hv = q.shape, k.shape[1], v.shape[-1]
+    if not T or not S:
+        return jnp.zeros((B, T, N, Hv), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+    plan = Plan(Extent(window, T, S), abs(scale) or 1.0, TILES[widths], _interpreter(interpret))
     offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
-    if query_segments is None or key_segments is None:
-        return _attend(plan, q, k, v, offset, None)
 
-    from .spans import unbroken
+    def by_kernels(segments: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+        signed = q if scale > 0 else q * np.sign(scale).astype(q.dtype)  # the kernels count on a positive scale
+        padded = [_pad(x, 3, width) for x, width in zip((signed, k, v), (*widths[:1], *widths), strict=True)]
+        out, lse = _attend(plan, *padded, offset, segments)
+        return out[..., :Hv], lse
 
     def by_xla() -> tuple[Array, Array]:
         return flash_attention_xla(
@@ -94,9 +105,14 @@ def flash_attention_gpu(
             scale=scale,
         )
 
+    if query_segments is None or key_segments is None:
+        return by_kernels()
+
+    from .spans import unbroken
+
     segments = query_segments.astype(jnp.int32), key_segments.astype(jnp.int32)
     in_runs = unbroken(segments[0]) & unbroken(segments[1])
-    return jax.lax.cond(in_runs, lambda: _attend(plan, q, k, v, offset, segments), by_xla)
+    return jax.lax.cond(in_runs, lambda: by_kernels(segments), by_xla)
 
 
 def _interpreter(interpret: Any) -> Any:
@@ -107,7 +123,7 @@ def _interpreter(interpret: Any) -> Any:
     return plgpu.InterpretGPUParams(detect_races=True)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _pad_rows(x: Array, multiple: int, axis: int = 1, value: float = 0.0) -> Array:
+def _pad(x: Array, axis: int, multiple: int, value: float = 0.0) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
@@ -123,7 +139,7 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, offset: Array, segments: 
     from .spans import query_spans
 
     block = plan.tiles.forward_block
-    q, k, v = (_pad_rows(x, TILE) for x in (q, k, v))
+    q, k, v = (_pad(x, 1, TILE) for x in (q, k, v))
     spans = None if segments is None else query_spans(plan.extent, *segments, offset, block)
     out, lse = flash_forward.flash_forward(
         flash_forward.Operands(q, k, v, offset, spans),
@@ -175,9 +191,9 @@ def backward(
     # dS = P * (dP - sum(dO * O) + dLSE): the last two are one number per row.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
     base_2 = jnp.where(jnp.isfinite(lse), lse * LOG2_E, UNSEEN)
-    q, k, v, d_out = (_pad_rows(x, TILE) for x in (q, k, v, d_out.astype(q.dtype)))
-    base_2 = _pad_rows(base_2.transpose(0, 2, 1), TILE, 2, UNSEEN)
-    delta = _pad_rows(delta.transpose(0, 2, 1), TILE, 2)
+    q, k, v, d_out = (_pad(x, 1, TILE) for x in (q, k, v, d_out.astype(q.dtype)))
+    base_2 = _pad(base_2.transpose(0, 2, 1), 2, TILE, UNSEEN)
+    delta = _pad(delta.transpose(0, 2, 1), 2, TILE)
     operands = Operands(q, k, v, d_out, base_2, delta, offset, None)
     tiles, settings = plan.tiles, {"extent": plan.extent, "scale": plan.scale, "interpret": plan.interpret}
     by_query = by_key = None

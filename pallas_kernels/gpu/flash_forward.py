@@ -124,7 +124,9 @@ def _tile(
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         head = lax.axis_index("head")
         rows = pl.ds(tile_index * TILE + warpgroup * ROWS_EACH, ROWS_EACH)
-        plgpu.copy_gmem_to_smem(gmem.q.at[batch, rows, head], shared.q_or_out[0].at[warpgroup], shared.q_full.at[warpgroup])
+        plgpu.copy_gmem_to_smem(
+            gmem.q.at[batch, rows, head], shared.q_or_out[0].at[warpgroup], shared.q_full.at[warpgroup]
+        )
         consumer = Consumer(shared, warpgroup, steps, limits_of(rows), scale, interpreted)
         acc, softmax = _attend(consumer)
         _store(consumer, acc, softmax, out.at[batch, rows, head], lse.at[batch, head, rows])

@@ -1,8 +1,8 @@
 """Packed segments as one interval of visible columns per row, computed before a kernel runs and read inside it.
 
-Where every segment id fills one unbroken run of positions, what a row sees under window and causality stays an interval
-when segments are added. The kernels mask by intervals anyway, so packed sequences cost them nothing extra, and blocks of
-foreign segments are not visited.
+Where every segment id fills one unbroken run of positions, what a row sees under window and causality stays an
+interval when segments are added. The kernels mask by intervals anyway, so packed sequences cost them nothing extra, and
+blocks of foreign segments are not visited.
 """
 # pyright: reportAttributeAccessIssue=false
 
@@ -66,15 +66,17 @@ def key_spans(extent: Extent, query_segments: Array, key_segments: Array, offset
     first, last = _runs(key_segments, query_segments)
     begin, end = query_limits(extent, jnp.arange(extent.keys, dtype=jnp.int32), offset)
     high = last if end is None else jnp.minimum(last, end[None])
-    return _spans(jnp.maximum(first, begin[None]), jnp.minimum(high, extent.queries - 1), extent.queries, block, ascending=True)
+    return _spans(
+        jnp.maximum(first, begin[None]), jnp.minimum(high, extent.queries - 1), extent.queries, block, ascending=True
+    )
 
 
 def _spans(low: Array, high: Array, columns: int, block: int, ascending: bool) -> Spans:
     """Rows that see nothing, padding among them, are marked so that no block is bare for them.
 
-    Both limits are masked in the blocks that come first: below `bare_start` when blocks ascend, from `bare_stop` on when
-    they descend. A range of bare blocks that is empty must therefore lie at its far end. A kernel that descends visits
-    at least one block.
+    Both limits are masked in the blocks that come first: below `bare_start` when blocks ascend, from `bare_stop` on
+    when they descend. A range of bare blocks that is empty must therefore lie at its far end. A kernel that descends
+    visits at least one block.
     """
     at_least = 0 if ascending else 1
     rows = low.shape[1]
@@ -113,5 +115,3 @@ def read_limits(spans: Any, batch: Array, rows: Any) -> tuple[Array, Array]:
     """Inside a kernel: the visible interval of each of a consumer's rows."""
     low = plgpu.load(spans.low.at[batch, rows], layout=ROWS, optimized=False)
     return low, plgpu.load(spans.high.at[batch, rows], layout=ROWS, optimized=False)
-
-

@@ -113,14 +113,15 @@ def down(column_values: jax.Array, rows: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(column_values, (rows, column_values.shape[0]), [1])
 
 
-
 def tile(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory for matrix operands [..., rows, width], tiled and swizzled as TMA and wgmma want it.
 
     The widest swizzle whose tile divides the row is used: 128 bytes for widths that are multiples of 64, else 64 bytes.
     """
     columns = 64 if shape[-1] % 64 == 0 else 32
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)))
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
+    )
 
 
 def columns_within(low: jax.Array | None, high: jax.Array | None, columns: int) -> jax.Array:
