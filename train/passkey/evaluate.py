@@ -28,12 +28,12 @@ from . import documents
 from .conversations import ConversationEncoder
 from .documents import Conversation
 
-LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24)  # in windows
+LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48)  # in windows
 REQUIRED_LENGTHS = 4  # windows up to which REQUIRED_ACCURACY is asked for
 REQUIRED_ACCURACY = 0.95
 DEPTH_BINS = 5
 DOCUMENTS_PER_CELL = 12
-BUCKET = 128  # rows are padded to a multiple of this, so that few shapes are compiled
+SHORTEST_ROW = 128  # tokens; rows are padded to this or a doubling of it, so that few shapes are compiled
 TOKENS_PER_BATCH = 8192
 SEED = "evaluation"
 
@@ -104,7 +104,9 @@ def exact_answers(model: Transformer, cases: Sequence[Case]) -> list[bool]:
     right = [False] * len(cases)
     order = sorted(range(len(cases)), key=lambda index: len(cases[index].ids))
     while order:
-        length = -(-(len(cases[order[0]].ids)) // BUCKET) * BUCKET
+        length = SHORTEST_ROW
+        while length < len(cases[order[0]].ids):
+            length *= 2
         chosen = [index for index in order[: TOKENS_PER_BATCH // length] if len(cases[index].ids) <= length]
         order = order[len(chosen) :]
         tokens = np.zeros((TOKENS_PER_BATCH // length, length), np.int32)
@@ -145,9 +147,9 @@ def table(cases: Sequence[Case], right: Sequence[bool]) -> list[dict[str, Any]]:
 
 def evaluate(directory: Path, text: str | None = None) -> dict[str, Any]:
     """Accuracy by length and depth, of the model and of the same weights with every layer windowed."""
-    model = load_model(directory, attention="reference")
+    model = load_model(directory)
     window = min(window for window in model.config.windows if window is not None)
-    windowed_model = load_model(directory, attention="reference", windows=[window])
+    windowed_model = load_model(directory, windows=[window])
     cases = make_cases(ConversationEncoder(directory / "tekken.json"), window, text=text)
     right, windowed = exact_answers(model, cases), exact_answers(windowed_model, cases)
     required = [ok for case, ok in zip(cases, right, strict=True) if case.windows <= REQUIRED_LENGTHS]
