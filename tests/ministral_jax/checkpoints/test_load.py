@@ -18,6 +18,7 @@ import ministral_jax
 from ministral_jax.checkpoints import load as load_module
 from ministral_jax.checkpoints.layouts import hf_name
 from ministral_jax.checkpoints.load import load_model
+from ministral_jax.checkpoints.safetensors import ALIGNMENT
 from ministral_jax.checkpoints.save import save_hf, save_mistral
 from ministral_jax.checkpoints.weight_files import WeightFiles
 from ministral_jax.config import ModelConfig
@@ -64,6 +65,16 @@ def test_rows_are_permuted_within_heads_also_when_read_in_small_pieces(tmp_path,
     weights = write_tiny_checkpoint(tmp_path, tiny_config("wide_heads"))
     monkeypatch.setattr(load_module, "CHUNK_BYTES", 5000)
     assert_equal(values(load_model(tmp_path)), weights)
+
+
+def test_cast_and_permuted_values_are_aligned_for_jax_to_take_over(tmp_path):
+    write_tiny_checkpoint(tmp_path, tiny_config(), dtype="bfloat16")
+    with WeightFiles(tmp_path, "mistral") as files:
+        for name, heads in (("norm.weight", None), ("layers.0.attention.wq.weight", 4)):
+            whole = tuple(slice(None) for _ in files.tensors[name].shape)
+            source = load_module.Source(name, heads)
+            found = [load_module.read_values(files, source, np.dtype(np.float32), whole) for _ in range(8)]
+            assert all(array.ctypes.data % ALIGNMENT == 0 for array in found)
 
 
 @pytest.mark.parametrize("stored", ["float64", "float32", "float16", "bfloat16"])
