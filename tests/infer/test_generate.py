@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from infer import generate
 from infer.answer import Completion
 from infer.generate import Generator
 from infer.sampling import SamplingParams
@@ -109,6 +110,18 @@ def test_streamed_pieces_make_up_the_whole_answer(generator: Generator, greedy: 
         assert tuple(token for piece in own for token in piece.ids) == found.ids
         assert "".join(piece.text for piece in own) == found.text
         assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + ["length"]
+
+
+def test_more_prompts_than_a_batch_holds_are_answered_in_turn(
+    generator: Generator, greedy: list[Completion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "MAX_BATCH", 4)
+    short = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=2)
+    found = generator.generate([*PROMPTS, *PROMPTS[::-1], PROMPTS[1]], short)
+    expected = [completion.ids[:6] for completion in greedy]
+    assert [one.ids for one in found] == [*expected, *expected[::-1], expected[1]]
+    assert [one.prompt_length for one in found] == [40, 7, 1, 1, 7, 40, 7]
+    assert (generator.timing.prompt_tokens, generator.timing.new_tokens) == (103, 42)
 
 
 def test_the_context_ends_what_nothing_else_does(generator: Generator) -> None:
