@@ -14,7 +14,7 @@ from .models import GoldenModel, hf_weights, native_weights
 
 FOLDER = Path(__file__).parent
 PROMPT, GREEDY_TOKENS = 45, 20
-CLOSE = 1e-4  # of the range of the logits: float32 rounding gives about 1e-6, other mathematics far more
+CLOSE = 1e-4  # of the range of the logits: float32 rounding gives under 1e-5, other mathematics far more
 MARGIN = 1e-3  # of the range: closer calls between the two best tokens would be decided by rounding
 
 
