@@ -27,6 +27,7 @@ def key_block_bounds(
     """
     first_query, last_query = jnp.asarray(first_query, jnp.int32), jnp.asarray(last_query, jnp.int32)
     oldest = jnp.zeros_like(first_query) if window is None else jnp.maximum(first_query - (window - 1), 0)
-    stop = jnp.maximum(jnp.minimum(last_query + 1, n_keys), 0)
+    stop = jnp.minimum(last_query + 1, n_keys)
+    stop = jnp.where(oldest < stop, stop, 0)
     # Neither is negative, so truncating division will do; flooring division costs a kernel several scalar operations.
     return jax.lax.div(oldest, jnp.int32(block)), jax.lax.div(stop + (block - 1), jnp.int32(block))

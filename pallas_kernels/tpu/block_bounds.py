@@ -65,8 +65,9 @@ def query_block_bounds(
     The mirror image of `key_block_bounds`: query i stands at `offset + i`, and blocks hold `block` of them.
     """
     first = jnp.maximum(jnp.asarray(first_key, jnp.int32) - offset, 0)
-    end = n_queries if window is None else jnp.clip(last_key + window - offset, 0, n_queries)
-    return first // block, -(-jnp.asarray(end, jnp.int32) // block)
+    end = n_queries if window is None else jnp.minimum(last_key + window - offset, n_queries)
+    end = jnp.where(first < end, end, 0)
+    return first // block, -(-end // block)
 
 
 def key_ranges(extent: Extent, offset: Array | int, overlap: Bool[Array, "B q k"] | None) -> BlockRanges:
@@ -116,10 +117,9 @@ def key_steps(extent: Extent) -> int:
     """Grid steps over key blocks per query block: the most that any query block visits, at least 1."""
     if extent.offset is not None:
         first = extent.offset + np.arange(extent.query_blocks) * extent.query_block
-        last = extent.offset + np.minimum(first - extent.offset + extent.query_block, extent.n_queries) - 1
-        oldest = 0 if extent.window is None else np.maximum(first - extent.window + 1, 0)
-        stop = -(-np.clip(last + 1, 0, extent.n_keys) // extent.key_block)
-        return max(1, int(np.max(stop - oldest // extent.key_block)))
+        last = np.minimum(first + extent.query_block, extent.offset + extent.n_queries) - 1
+        oldest = np.zeros_like(first) if extent.window is None else np.maximum(first - extent.window + 1, 0)
+        return _longest(oldest, np.minimum(last + 1, extent.n_keys), extent.key_block)
     if extent.window is None:
         return extent.key_blocks
     return _most_touched(extent.query_block + extent.window - 1, extent.key_block, extent.key_blocks)
@@ -130,21 +130,20 @@ def query_steps(extent: Extent) -> int:
     if extent.offset is not None:
         first = np.arange(extent.key_blocks) * extent.key_block
         last = np.minimum(first + extent.key_block, extent.n_keys) - 1
-        end = np.inf if extent.window is None else last + extent.window - extent.offset
-        stop = -(-np.clip(end, 0, extent.n_queries).astype(int) // extent.query_block)
-        return max(1, int(np.max(stop - np.maximum(first - extent.offset, 0) // extent.query_block)))
+        end = np.full_like(first, extent.n_queries) if extent.window is None else last + extent.window - extent.offset
+        return _longest(np.maximum(first - extent.offset, 0), np.minimum(end, extent.n_queries), extent.query_block)
     if extent.window is None:
         return extent.query_blocks
     return _most_touched(extent.key_block + extent.window - 1, extent.query_block, extent.query_blocks)
 
 
-def pad_segments(segments: Int[Array, "B T"], multiple: int) -> Int[Array, "B Tp"]:
-    """Segment ids padded to a multiple, the last id repeated so that padding widens no block's range."""
-    return jnp.pad(segments.astype(jnp.int32), ((0, 0), (0, -segments.shape[1] % multiple)), mode="edge")
+def _longest(first: np.ndarray, end: np.ndarray, block: int) -> int:
+    """The most blocks that any of the position ranges `first .. end - 1` touches, at least 1."""
+    return max(1, int(np.where(first < end, -(-end // block) - first // block, 0).max()))
 
 
 def visible_pairs(extent: Extent) -> int:
-    """Pairs of query and key that see each other, segments left out; with no known offset, queries end with the keys."""
+    """Pairs of query and key that see each other, segments left out. An unknown offset is taken as S - T."""
     offset = extent.n_keys - extent.n_queries if extent.offset is None else extent.offset
     position = offset + np.arange(extent.n_queries, dtype=np.int64)
     oldest = 0 if extent.window is None else np.maximum(position - extent.window + 1, 0)

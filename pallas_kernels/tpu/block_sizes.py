@@ -11,6 +11,8 @@ import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Generation = Literal["v5e", "v6e", "tpu7x"]
 Kernel = Literal["forward", "dq", "dkv"]
@@ -93,6 +95,17 @@ def generation() -> Generation:
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     return DEVICE_KINDS.get(kind, FALLBACK)
+
+
+def default_block_sizes(chip: Generation, dtype: DTypeLike) -> KernelBlocks:
+    """The table's sizes; for float32, whose products take six passes each, a quarter of the scores at once."""
+    chosen = TABLE[chip]
+    return chosen if jnp.dtype(dtype).itemsize == 2 else KernelBlocks(*map(_halved, dataclasses.astuple(chosen)))
+
+
+def _halved(sizes: tuple[int, int, int, int]) -> BlockSizes:
+    query_rows, key_block, key_tile, lanes = sizes
+    return BlockSizes(query_rows // 2, key_block, key_tile // 2, lanes)
 
 
 def _tiled(rows: int, columns: int, itemsize: int) -> int:

@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from .block_bounds import Extent, key_ranges, query_ranges, segment_overlap, segment_ranges
-from .block_sizes import TABLE, BlockSizes, Kernel, KernelBlocks, check_vmem, generation
-from .flash_backward import dkv_call, dq_call
+from .block_sizes import BlockSizes, Kernel, KernelBlocks, check_vmem, default_block_sizes, generation
+from .flash_backward import Operands, dkv_call, dq_call
 from .flash_forward import forward_call
 from .tiles import LOG2_E, Call, Scalars
 
@@ -71,7 +71,7 @@ def flash_attention_tpu(
         window,
         scale,
         int(query_offset) if isinstance(query_offset, int | np.integer) else None,
-        TABLE[generation()] if block_sizes is None else block_sizes,
+        default_block_sizes(generation(), q.dtype) if block_sizes is None else block_sizes,
         interpret,
     )
     positions = Positions(jnp.asarray(query_offset, jnp.int32), query_segments, key_segments)
@@ -156,16 +156,22 @@ def _backward(
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
     lse_2 = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2_E
 
-    def operands(call: Call) -> tuple[Array, ...]:
-        rows = (_query_rows(q, call), _query_rows(d_out, call), _statistic(lse_2, call), _statistic(delta, call))
-        return (*rows, _key_rows(k, call), _key_rows(v, call))
+    def operands(call: Call) -> Operands:
+        return Operands(
+            _query_rows(q, call),
+            _query_rows(d_out, call),
+            _statistic(lse_2, call),
+            _statistic(delta, call),
+            _key_rows(k, call),
+            _key_rows(v, call),
+        )
 
     B, T, N, H = q.shape
     call, scalars, segments = _plan(settings, "dq", positions, q, k, v)
-    dq = dq_call(call, scalars, *operands(call), segments)
+    dq = dq_call(call, scalars, operands(call), segments)
     dq = dq[..., :T, :].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     call, scalars, segments = _plan(settings, "dkv", positions, q, k, v)
-    dk, dv = dkv_call(call, scalars, *operands(call), segments)
+    dk, dv = dkv_call(call, scalars, operands(call), segments)
     dk, dv = (x[:, :, : k.shape[1]].transpose(0, 2, 1, 3) for x in (dk, dv))
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), positions)
     return dq, dk, dv, no_gradient

@@ -11,7 +11,7 @@ query (its log-sum-exp, its delta) is then a row that broadcasts for free. In ba
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,17 @@ from jaxtyping import Array, Float
 
 from .launch import BlockSpecs, kernel_cost
 from .tiles import Call, Scalars, dot, for_each_tile, rows_of, scores, tile_mask
+
+
+class Operands(NamedTuple):
+    """What both kernels read. `lse` is in base 2 and finite, `delta` as above; all are zero in padding."""
+
+    q: Float[Array, "B K G T H"]
+    d_out: Float[Array, "B K G T Hv"]
+    lse: Float[Array, "B K G 1 T"]
+    delta: Float[Array, "B K G 1 T"]
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S Hv"]
 
 
 def _dq_kernel(call: Call, *refs: Any) -> None:
@@ -50,22 +61,14 @@ def _dq_kernel(call: Call, *refs: Any) -> None:
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish() -> None:
-        for g in range(call.groups):
+        @pl.loop(0, call.groups)
+        def _head(g: Array) -> None:
             dq_ref[g] = (acc_ref[g] * call.scale).T.astype(dq_ref.dtype)
 
 
-def dq_call(
-    call: Call,
-    scalars: Scalars,
-    q: Float[Array, "B K G T H"],
-    d_out: Float[Array, "B K G T Hv"],
-    lse: Float[Array, "B K G 1 T"],
-    delta: Float[Array, "B K G 1 T"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S Hv"],
-    segments: tuple[Array, ...],
-) -> Float[Array, "B K G T H"]:
-    """Gradient of the queries. `lse` is in base 2 and finite, `delta` as above; both zero in padding."""
+def dq_call(call: Call, scalars: Scalars, operands: Operands, segments: tuple[Array, ...]) -> Float[Array, "B K G T H"]:
+    """Gradient of the queries."""
+    q, d_out, lse, delta, k, v = operands
     G, H, Hv = q.shape[2], q.shape[4], v.shape[3]
     specs = BlockSpecs(call, "query")
     (dq,) = specs.launch(
@@ -125,17 +128,10 @@ def _dkv_kernel(call: Call, *refs: Any) -> None:
 
 
 def dkv_call(
-    call: Call,
-    scalars: Scalars,
-    q: Float[Array, "B K G T H"],
-    d_out: Float[Array, "B K G T Hv"],
-    lse: Float[Array, "B K G 1 T"],
-    delta: Float[Array, "B K G 1 T"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S Hv"],
-    segments: tuple[Array, ...],
+    call: Call, scalars: Scalars, operands: Operands, segments: tuple[Array, ...]
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S Hv"]]:
-    """Gradients of keys and values, summed over the query heads of each key head. Arguments as of `dq_call`."""
+    """Gradients of keys and values, summed over the query heads of each key head."""
+    q, d_out, lse, delta, k, v = operands
     H, Hv, bk = k.shape[3], v.shape[3], call.extent.key_block
     specs = BlockSpecs(call, "key")
     return specs.launch(

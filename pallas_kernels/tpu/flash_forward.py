@@ -36,9 +36,11 @@ def _forward_kernel(call: Call, *refs: Any) -> None:
 
     @pl.when(step == 0)
     def _start() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        top_ref[...] = jnp.full_like(top_ref, LOWEST_TOP)
-        total_ref[...] = jnp.zeros_like(total_ref)
+        @pl.loop(0, call.groups)
+        def _head(g: Array) -> None:
+            acc_ref[g] = jnp.zeros(acc_ref.shape[1:], acc_ref.dtype)
+            top_ref[g] = jnp.full(top_ref.shape[1:], LOWEST_TOP, top_ref.dtype)
+            total_ref[g] = jnp.zeros(total_ref.shape[1:], total_ref.dtype)
 
     def one_tile(tile: Array, masked: bool) -> None:
         keys, values = k_ref[rows_of(call, tile), :], v_ref[:, rows_of(call, tile)]  # [keys, H], [Hv, keys]
@@ -64,7 +66,8 @@ def _forward_kernel(call: Call, *refs: Any) -> None:
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _finish() -> None:
-        for g in range(call.groups):
+        @pl.loop(0, call.groups)
+        def _head(g: Array) -> None:
             total = total_ref[g]  # [1, queries]
             seen = total > 0
             mixed = acc_ref[g] / jnp.where(seen, total, 1.0)  # [Hv, queries]

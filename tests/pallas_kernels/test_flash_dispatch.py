@@ -1,0 +1,120 @@
+"""Which implementation serves a call of flash_attention, and what is said when one is passed over or refused."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import flash_attention, flash_dispatch
+from pallas_kernels.flash_dispatch import Problem, Target
+
+CPU, TPU, H200, A100 = (
+    Target("cpu", "cpu"),
+    Target("tpu", "TPU v6 lite"),
+    Target("gpu", "NVIDIA H200"),
+    Target("gpu", "NVIDIA A100-SXM4-80GB"),
+)
+
+
+def problem(target: Target, dtype: str = "bfloat16", **changes: Any) -> Problem:
+    plain = Problem(target, dtype, (128, 128), (64, 64), 0, segmented=False, return_lse=False, interpret=False)
+    return plain._replace(**changes)
+
+
+@pytest.fixture(autouse=True)
+def nothing_logged_yet() -> None:
+    flash_dispatch._log_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "name"),
+    [
+        (TPU, "bfloat16", "pallas_tpu"),
+        (TPU, "float32", "pallas_tpu"),
+        (TPU, "float16", "xla"),
+        (CPU, "bfloat16", "xla"),
+        (A100, "bfloat16", "xla"),
+        (H200, "float32", "xla"),
+    ],
+)
+def test_auto_takes_the_first_row_that_serves_the_call(
+    target: Target, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash_dispatch, "_load", lambda name: lambda: name)
+    assert flash_dispatch.choose("auto", problem(target, dtype))() == name
+
+
+def test_a_fall_back_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            flash_dispatch.choose("auto", problem(TPU, "float16"))
+    (record,) = caplog.records
+    assert "pallas_tpu is passed over: q is float16, expected bfloat16 or float32" in record.message
+
+
+def test_the_ordinary_choice_on_a_cpu_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    flash_dispatch.choose("auto", problem(CPU))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "message"),
+    [
+        ("pallas_tpu", problem(CPU), "'pallas_tpu': the device is cpu, expected tpu; interpret=True runs it here"),
+        ("pallas_tpu", problem(TPU, "float16"), "q is float16, expected bfloat16 or float32"),
+        ("pallas_gpu", problem(TPU), "the device is tpu, expected gpu"),
+        ("pallas_gpu", problem(H200, "float32"), "q is float32, expected bfloat16 or float16"),
+        ("cudnn", problem(H200, segmented=True), "segment_ids are given, expected none"),
+        ("cudnn", problem(H200, lengths=(8, 64)), "T=8, S=64, query_offset=0: expected T = S and offset 0"),
+        ("cudnn", problem(H200, offset=None), "query_offset=None: expected T = S and offset 0"),
+        ("cudnn", problem(H200, widths=(192, 128)), "v has head width 128, q has 192"),
+        ("cudnn", problem(H200, return_lse=True), "return_lse is set, expected False"),
+        ("cudnn", problem(CPU), "the device is cpu, expected gpu"),
+        ("xla", problem(CPU, interpret=True), "interpret is set, which only the Pallas kernels have"),
+        ("auto", problem(CPU, interpret=True), "name a Pallas kernel"),
+    ],
+)
+def test_what_a_row_refuses_is_said(name: str, asked: Problem, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flash_dispatch.choose(name, asked)
+
+
+def test_the_interpreted_tpu_kernel_is_one_argument_away() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 9, n, 8)), jnp.float32) for n in (4, 2, 2))
+    run = functools.partial(flash_attention, window=4, implementation="pallas_tpu", interpret=True)
+    got = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(q, k, v)
+    np.testing.assert_allclose(got, flash_attention(q, k, v, window=4, implementation="reference"), atol=2e-5)
+
+
+def test_compiling_for_an_absent_tpu_counts_as_tpu() -> None:
+    device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert flash_dispatch.target() == TPU
+    assert flash_dispatch.target().platform == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": jnp.ones((1, 6, 4, 8), jnp.int32)}, "q is int32: expected a floating-point dtype"),
+        ({"v": jnp.ones((1, 6, 2, 8), jnp.bfloat16)}, "v is bfloat16, q is float32: they must be equal"),
+        ({"implementation": "triton"}, "implementation='triton': expected one of auto, reference, xla"),
+        (
+            {"segment_ids": jnp.zeros((1, 7), jnp.int32)},
+            r"segment_ids are \(1, 7\), expected batch and length",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    arguments = {"q": jnp.ones((1, 6, 4, 8)), "k": jnp.ones((1, 6, 2, 8)), "v": jnp.ones((1, 6, 2, 8)), **changes}
+    arrays = [arguments.pop(name) for name in "qkv"]
+    unchecked = getattr(flash_attention, "__wrapped__", flash_attention)
+    with pytest.raises(ValueError, match=message):
+        unchecked(*arrays, **arguments)
