@@ -5,16 +5,14 @@ Checks and dispatch only.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .flash_attention import check_heads_and_window
+from .flash_dispatch import Implementation
 from .reference import paged_attention_reference, token_positions
 from .xla.paged import paged_attention_xla
 
-Implementation = Literal["auto", "reference", "xla"]
 IMPLEMENTATIONS = {"reference": paged_attention_reference, "xla": paged_attention_xla}
 
 
