@@ -2,8 +2,8 @@
 
     python benchmarks/cpu.py [--dtype float32 bfloat16] [--threads 2] [--smoke]
 
-A random Mistral of about 0.3 B parameters is written once and both sides read it. Each side runs in a process of its own,
-one after the other, so that their thread pools do not meet. Needs the parity extra.
+A random Mistral of about 0.3 B parameters is written once and both sides read it. Each side runs in a process of its
+own, one after the other, so that their thread pools do not meet. Needs the parity extra.
 """
 
 from __future__ import annotations
