@@ -17,6 +17,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 import ministral_jax
 from ministral_jax.checkpoints.load import load_model
 from ministral_jax.config import ModelConfig, RopeConfig
+from ministral_jax.errors import MinistralError
 from train.passkey import documents, evaluate, pretrain, recipe, vocabulary
 from train.passkey.conversations import ConversationEncoder, Stage, batch, random_conversation
 
@@ -149,6 +150,22 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(encoder: Conversatio
     assert resumed.step == at_once.step
     for name, array in at_once.parameters.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(resumed.parameters[name]), err_msg=name)
+
+
+def test_resuming_without_a_saved_state_is_refused_in_one_line(encoder: ConversationEncoder, tmp_path: Path) -> None:
+    with pytest.raises(MinistralError, match=r"has no training_state\.safetensors: nothing to resume"):
+        pretrain.load_state(tiny_recipe(encoder.vocabulary_size), tmp_path)
+
+
+def test_a_text_of_ones_own_hides_every_fact_and_too_short_a_one_is_refused(encoder: ConversationEncoder) -> None:
+    rng = random.Random(8)
+    facts = documents.random_facts(rng, 4, "held-out")
+    text = "It was a dark and stormy night; the rain fell in torrents. " * 20
+    document = documents.hide_in_text(rng, text, facts, [0.1, 0.5, 0.5, 0.9], 200, encoder.count)
+    assert all(document.count(fact.sentence) == 1 for fact in facts)
+    assert 190 <= encoder.count(document) <= 215
+    with pytest.raises(MinistralError, match="give a longer one"):
+        documents.hide_in_text(rng, "Too short.", facts, [0.1, 0.5, 0.5, 0.9], 200, encoder.count)
 
 
 @pytest.fixture(scope="module")

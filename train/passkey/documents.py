@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ministral_jax.errors import MinistralError
+
 Split = Literal["train", "held-out"]
 
 PASS_KEY = "pass key"
@@ -225,12 +227,12 @@ def hide_in_text(
 ) -> str:
     """As `write_document`, with a passage of a reader's own text as filler, cut between words.
 
-    Raises ValueError if the text is shorter than the passage wanted.
+    Raises MinistralError if the text is shorter than the passage wanted.
     """
     words = text.split()
     room = tokens - sum(count(" " + fact.sentence) for fact in facts)
     if count(text) < room:
-        raise ValueError(f"the text has {count(text)} tokens, {room} are wanted: give a longer one")
+        raise MinistralError(f"the text has {count(text)} tokens, {room} are wanted: give a longer one")
     start = rng.randrange(len(words))
     passage: list[str] = []
     while room > 0:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from ministral_jax.checkpoints.load import load_model
+from ministral_jax.errors import MinistralError
 from ministral_jax.transformer import Transformer
 
 from . import documents
@@ -206,14 +207,25 @@ def report(result: dict[str, Any]) -> None:
     )
 
 
+def read_text(path: Path) -> str:
+    """The text in a file. Raises MinistralError if it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MinistralError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Held-out accuracy of a passkey model, by length and depth.")
     parser.add_argument("directory", type=Path, help="directory with params.json, weights and tekken.json")
     parser.add_argument("--text", type=Path, help="cut the filler from this file; only prints")
     arguments = parser.parse_args()
-    text = arguments.text.read_text() if arguments.text else None
-    result = evaluate(arguments.directory, text)
+    try:
+        text = read_text(arguments.text) if arguments.text else None
+        result = evaluate(arguments.directory, text)
+    except MinistralError as error:
+        raise SystemExit(f"error: {error}") from None
     report(result)
     if text is None:
         path = arguments.directory / "evaluation.json"

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 from ministral_jax import parameters as model_parameters
 from ministral_jax.checkpoints.save import save_mistral
 from ministral_jax.config import ModelConfig
+from ministral_jax.errors import MinistralError
 from ministral_jax.parameters import ParameterSpec
 from ministral_jax.transformer import Transformer
 
@@ -154,7 +155,9 @@ def save_state(state: State, directory: Path) -> None:
 
 
 def load_state(recipe: Recipe, directory: Path) -> State:
-    """What `save_state` wrote. Raises FileNotFoundError if there is none, KeyError if it is of another recipe."""
+    """What `save_state` wrote. Raises MinistralError if nothing was saved."""
+    if not (directory / STATE_FILE).is_file():
+        raise MinistralError(f"{directory} has no {STATE_FILE}: nothing to resume; start without --resume")
     empty = initial_state(recipe)
     with safe_open(directory / STATE_FILE, framework="numpy") as file:
         step = int(file.metadata()["step"])
@@ -229,7 +232,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     tekken = write_tekken(arguments.out)
-    state = train(RECIPE, tekken, arguments.out, resume=arguments.resume)
+    try:
+        state = train(RECIPE, tekken, arguments.out, resume=arguments.resume)
+    except MinistralError as error:
+        raise SystemExit(f"error: {error}") from None
     save_mistral(arguments.out, state.parameters, RECIPE.config, dtype="bfloat16")
 
 
