@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from ..xla.flash import flash_attention_xla
 from .extent import Extent
-from .tiles import TILE, TILES, Tiles
+from .tiles import TILE, TILES, Pipeline, Tiles
 
 OLDEST_JAX = (0, 11)
 DTYPES = ("bfloat16", "float16")
@@ -89,9 +89,10 @@ def flash_attention_gpu(
 
     def by_kernels(segments: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
         signed = q if scale > 0 else q * np.sign(scale).astype(q.dtype)  # the kernels count on a positive scale
-        padded = [_pad(x, 3, width) for x, width in zip((signed, k, v), (*widths[:1], *widths), strict=True)]
-        out, lse = _attend(plan, *padded, offset, segments)
-        return out[..., :Hv], lse
+        width, value_width = widths
+        operands = _pad(signed, 3, width), _pad(k, 3, width), _pad(v, 3, value_width)
+        results: Any = _attend(plan, *operands, offset, segments)
+        return results[0][..., :Hv], results[1]
 
     def by_xla() -> tuple[Array, Array]:
         return flash_attention_xla(
@@ -138,15 +139,17 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, offset: Array, segments: 
     from . import flash_forward
     from .spans import query_spans
 
-    block = plan.tiles.forward_block
-    q, k, v = (_pad(x, 1, TILE) for x in (q, k, v))
-    spans = None if segments is None else query_spans(plan.extent, *segments, offset, block)
+    pipeline = plan.tiles.forward
+    q, k, v = _pad(q, 1, TILE), _pad(k, 1, TILE), _pad(v, 1, TILE)
+    spans = None
+    if segments is not None:
+        spans = query_spans(plan.extent, segments[0], segments[1], offset, pipeline.block)
     out, lse = flash_forward.flash_forward(
         flash_forward.Operands(q, k, v, offset, spans),
         extent=plan.extent,
         scale=plan.scale,
-        block=block,
-        stages=plan.tiles.forward_stages,
+        block=pipeline.block,
+        stages=pipeline.stages,
         interpret=plan.interpret,
     )
     rows = plan.extent.queries
@@ -163,7 +166,10 @@ def _forward_with_residuals(
 def _backward(plan: Plan, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
     q, k, v, offset, segments, out, lse = residuals
     d_out, d_lse = cotangents
-    dq, dk, dv = backward(plan, q, k, v, offset, segments, out, lse, d_out, d_lse)
+    if plan.tiles.query is None or plan.tiles.key is None:
+        dq, dk, dv = _backward_by_xla(plan, q, k, v, offset, segments, cotangents)
+    else:
+        dq, dk, dv = backward(plan, plan.tiles.query, plan.tiles.key, q, k, v, offset, segments, out, lse, d_out, d_lse)
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (offset, segments))
     return dq, dk, dv, *no_gradient
 
@@ -171,8 +177,33 @@ def _backward(plan: Plan, residuals: tuple, cotangents: tuple[Array, Array]) -> 
 _attend.defvjp(_forward_with_residuals, _backward)
 
 
+def _backward_by_xla(
+    plan: Plan, q: Array, k: Array, v: Array, offset: Array, segments: Any, cotangents: tuple[Array, Array]
+) -> tuple[Array, ...]:
+    """For widths without backward kernels: the forward pass again and its gradient, blockwise, by XLA."""
+    queries, keys = (None, None) if segments is None else segments
+    _, pull = jax.vjp(
+        lambda q, k, v: flash_attention_xla(
+            q,
+            k,
+            v,
+            window=plan.extent.window,
+            query_segments=queries,
+            key_segments=keys,
+            query_offset=offset[0],
+            scale=plan.scale,
+        ),
+        q,
+        k,
+        v,
+    )
+    return pull(cotangents)
+
+
 def backward(
     plan: Plan,
+    by_key_blocks: Pipeline,
+    by_query_blocks: Pipeline,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],
@@ -183,7 +214,7 @@ def backward(
     d_out: Float[Array, "B T N Hv"],
     d_lse: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-    """The gradients of q, k and v, given both results of the forward pass and their gradients."""
+    """The gradients of q, k and v by the two kernels, given both results of the forward pass and their gradients."""
     from .flash_backward_key import flash_backward_key
     from .flash_backward_query import Operands, flash_backward_query
     from .spans import key_spans, query_spans
@@ -191,19 +222,20 @@ def backward(
     # dS = P * (dP - sum(dO * O) + dLSE): the last two are one number per row.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
     base_2 = jnp.where(jnp.isfinite(lse), lse * LOG2_E, UNSEEN)
-    q, k, v, d_out = (_pad(x, 1, TILE) for x in (q, k, v, d_out.astype(q.dtype)))
+    q, k, v = _pad(q, 1, TILE), _pad(k, 1, TILE), _pad(v, 1, TILE)
+    d_out = _pad(d_out.astype(q.dtype), 1, TILE)
     base_2 = _pad(base_2.transpose(0, 2, 1), 2, TILE, UNSEEN)
     delta = _pad(delta.transpose(0, 2, 1), 2, TILE)
     operands = Operands(q, k, v, d_out, base_2, delta, offset, None)
-    tiles, settings = plan.tiles, {"extent": plan.extent, "scale": plan.scale, "interpret": plan.interpret}
+    settings = {"extent": plan.extent, "scale": plan.scale, "interpret": plan.interpret}
     by_query = by_key = None
     if segments is not None:
-        by_query = query_spans(plan.extent, *segments, offset, tiles.query_block)
-        by_key = key_spans(plan.extent, *segments, offset, tiles.key_block)
+        by_query = query_spans(plan.extent, *segments, offset, by_key_blocks.block)
+        by_key = key_spans(plan.extent, *segments, offset, by_query_blocks.block)
     dq = flash_backward_query(
-        operands._replace(spans=by_query), block=tiles.query_block, stages=tiles.query_stages, **settings
+        operands._replace(spans=by_query), block=by_key_blocks.block, stages=by_key_blocks.stages, **settings
     )
     dk, dv = flash_backward_key(
-        operands._replace(spans=by_key), block=tiles.key_block, stages=tiles.key_stages, **settings
+        operands._replace(spans=by_key), block=by_query_blocks.block, stages=by_query_blocks.stages, **settings
     )
     return dq[:, : plan.extent.queries], dk[:, : plan.extent.keys], dv[:, : plan.extent.keys]

@@ -3,7 +3,8 @@
 All query heads of a key head are walked by the same tile, so that their sum stays in float32 registers. Scores are
 computed transposed, [keys, queries]: the weights are then left operands in registers for both gradients.
 """
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ class Consumer(NamedTuple):
     """What one consumer needs at every step."""
 
     shared: Shared
-    index: Array
+    me: Array  # which consumer
     limits: tuple[Array, Array | None]
     scale: float  # of the scores, times log2(e)
     interpreted: bool
@@ -184,7 +185,7 @@ def _step(
     shared = consumer.shared
     stages, block = shared.q.shape[:2]
     slot = lax.rem(done + n, jnp.int32(stages))
-    me = lax.optimization_barrier(consumer.index)  # see the forward kernel
+    me = lax.optimization_barrier(consumer.me)  # see the forward kernel
 
     def weigh(scores: Accumulator, d_weights: Accumulator) -> tuple[Array, Array]:
         scores.add(shared.k.at[me], shared.q.at[slot].T)

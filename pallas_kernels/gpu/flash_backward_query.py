@@ -3,7 +3,8 @@
 Probabilities are recomputed from the log-sum-exp (FlashAttention-2, Dao 2023, arXiv 2307.08691). The gradient of step
 i - 1 is multiplied while the scores of step i are.
 """
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ class Consumer(NamedTuple):
     """What one consumer needs at every step."""
 
     shared: Shared
-    index: Array
+    me: Array  # which consumer
     steps: Steps
     limits: tuple[Array | None, Array]
     lse: Array  # [rows]
@@ -158,7 +159,7 @@ def _step(
     consumer: Consumer, limits: tuple[Array | None, Array | None], i: Array, carry: tuple[Array, Array] | None
 ) -> tuple[Array, Array]:
     """Gradient of the scores of step i, while that of step i - 1 is multiplied with its keys."""
-    shared, me = consumer.shared, consumer.index
+    shared, me = consumer.shared, consumer.me
     stages, block, H = shared.k.shape
     slot, before = lax.rem(i, jnp.int32(stages)), lax.rem(i + (stages - 1), jnp.int32(stages))
 

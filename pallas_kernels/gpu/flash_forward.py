@@ -3,7 +3,8 @@
 The pipeline is that of FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608): scores of the next key block are issued
 before the values of this one, so that the softmax runs while the tensor cores multiply; the two consumers take turns.
 """
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ class Consumer(NamedTuple):
     """What one consumer needs at every step."""
 
     shared: Shared
-    index: Array
+    me: Array  # which consumer
     steps: Steps
     limits: tuple[Array | None, Array]
     scale: float  # of the scores, times log2(e)
@@ -206,7 +207,7 @@ def _attend(consumer: Consumer) -> tuple[Array, Softmax]:
 
 
 def _first_step(consumer: Consumer) -> tuple[Array, Softmax]:
-    shared, me = consumer.shared, consumer.index
+    shared, me = consumer.shared, consumer.me
     block, Hv = shared.v.shape[1:]
 
     @pl.when(me == 1)
@@ -229,7 +230,7 @@ def _first_step(consumer: Consumer) -> tuple[Array, Softmax]:
 
 def _step(consumer: Consumer, limits: tuple[Array | None, Array | None], i: Array, carry: tuple) -> tuple:
     """Scores of step i over values of step i - 1."""
-    shared, me = consumer.shared, consumer.index
+    shared, me = consumer.shared, consumer.me
     acc, softmax = carry
     stages, block, Hv = shared.v.shape
     slot, before = lax.rem(i, jnp.int32(stages)), lax.rem(i - 1, jnp.int32(stages))
@@ -255,7 +256,7 @@ def _step(consumer: Consumer, limits: tuple[Array | None, Array | None], i: Arra
 
 
 def _last_product(consumer: Consumer, acc: Array, softmax: Softmax) -> tuple[Array, Softmax]:
-    shared, me = consumer.shared, consumer.index
+    shared, me = consumer.shared, consumer.me
     last = lax.rem(consumer.steps.stop - consumer.steps.start - 1, jnp.int32(shared.v.shape[0]))
     plgpu.barrier_arrive(shared.q_done)
 
@@ -278,7 +279,7 @@ def _last_product(consumer: Consumer, acc: Array, softmax: Softmax) -> tuple[Arr
 
 def _store(consumer: Consumer, acc: Array, softmax: Softmax, out: Any, lse: Any) -> None:
     """Rows that saw nothing have a total of zero: they give zeros and -inf."""
-    shared, me = consumer.shared, consumer.index
+    shared, me = consumer.shared, consumer.me
     out_tile, lse_tile = shared.q_or_out[1].at[me], shared.lse.at[me]
     seen = softmax.total > 0
     total = jnp.where(seen, softmax.total, 1.0)

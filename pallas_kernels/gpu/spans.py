@@ -4,12 +4,14 @@ Where every segment id fills one unbroken run of positions, what a row sees unde
 interval when segments are added. The kernels mask by intervals anyway, so packed sequences cost them nothing extra, and
 blocks of foreign segments are not visited.
 """
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -49,8 +51,8 @@ def _runs(ids: Int[Array, "B T"], within: Int[Array, "B S"]) -> tuple[Int[Array,
         first, last = order[jnp.minimum(begin, within.shape[0] - 1)], order[end - 1]
         return jnp.where(found, first, within.shape[0]), jnp.where(found, last, -1)
 
-    first, last = zip(*(one(ids[b], within[b]) for b in range(ids.shape[0])), strict=True)
-    return jnp.stack(first).astype(jnp.int32), jnp.stack(last).astype(jnp.int32)
+    first, last = jax.vmap(one)(ids, within)
+    return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
 def query_spans(extent: Extent, query_segments: Array, key_segments: Array, offset: Array, block: int) -> Spans:

@@ -4,13 +4,14 @@ Mosaic GPU's interpreter knows products of two operands in shared memory, but ne
 value nor a left operand in registers. Kernels therefore reach both through `accumulating`, and are otherwise the same
 code on the device and on the CPU.
 """
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false
 # The API is that of jax 0.11; the oldest jax that the rest of the package supports lacks parts of it.
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ ROWS = WGMMA.reduce(1)  # one value per row of it
 COLUMNS = WGMMA.reduce(0)  # one value per column of it
 
 
+@runtime_checkable
 class Accumulator(Protocol):
     """A float32 sum in registers that matrix products are added to."""
 
@@ -131,14 +133,13 @@ def columns_within(low: jax.Array | None, high: jax.Array | None, columns: int) 
     is a constant of the instruction and the right side one of four registers. Compared plainly, the columns themselves
     are kept in registers across the loop, and the kernel spills.
     """
-    rows = low.shape[0] if low is not None else high.shape[0]
+    rows = next(limit.shape[0] for limit in (low, high) if limit is not None)
     column = plgpu.broadcasted_iota(jnp.int32, (rows, columns), 1, layout=WGMMA)
     within, eights = column & 7, column & ~7
-    seen = None if low is None else eights >= across(low, columns) - within
-    below = None if high is None else eights <= across(high, columns) - within
-    if seen is None or below is None:
-        return below if seen is None else seen
-    return seen & below
+    if low is None:
+        return eights <= across(high, columns) - within
+    seen = eights >= across(low, columns) - within
+    return seen if high is None else seen & (eights <= across(high, columns) - within)
 
 
 def row_indices(rows: int) -> jax.Array:

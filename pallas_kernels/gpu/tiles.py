@@ -12,42 +12,46 @@ LINE = 1024  # swizzled buffers start on multiples of this
 
 
 @dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Rows of one loaded block, and how many blocks are in flight."""
+
+    block: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Rows per pipelined block and how many blocks are in flight, for each of the three kernels."""
+    """The pipelines of the three kernels; None for both backward kernels where no spill-free choice is known."""
 
-    forward_block: int
-    forward_stages: int
-    query_block: int  # key rows per step of the dQ kernel
-    query_stages: int
-    key_block: int  # query rows per step of the dK, dV kernel
-    key_stages: int
+    forward: Pipeline  # blocks of keys
+    query: Pipeline | None = None  # dQ: blocks of keys
+    key: Pipeline | None = None  # dK, dV: blocks of queries
 
-    def forward_bytes(self, width: int, value_width: int) -> int:
-        """Shared memory of the forward kernel: queries (outputs lie over them), keys, values, log-sum-exp."""
-        pipeline = self.forward_stages * self.forward_block * (width + value_width)
-        return _bytes(TILE * max(width, value_width) + pipeline, 1)
-
-    def query_bytes(self, width: int, value_width: int) -> int:
-        """Shared memory of the dQ kernel: queries, output gradients, keys, values."""
-        return _bytes((TILE + self.query_stages * self.query_block) * (width + value_width), 0)
-
-    def key_bytes(self, width: int, value_width: int) -> int:
-        """Shared memory of the dK, dV kernel: keys, values, queries, output gradients, two float32 per query row."""
-        return _bytes((TILE + self.key_stages * self.key_block) * (width + value_width), self.key_stages * 2)
+    def bytes_needed(self, width: int, value_width: int) -> dict[str, int]:
+        """Shared memory of each kernel."""
+        both = width + value_width
+        # The outputs lie over the queries; the log-sum-exp of a tile takes one line.
+        needed = {"forward": _bytes(TILE * max(width, value_width), self.forward, both, 1)}
+        if self.query is not None:
+            needed["dq"] = _bytes(TILE * both, self.query, both, 0)
+        if self.key is not None:
+            needed["dk, dv"] = _bytes(TILE * both, self.key, both, 2 * self.key.stages)
+        return needed
 
 
-def _bytes(operand_elements: int, row_buffers: int) -> int:
-    """16-bit operands, one line per buffer of row values, one line for the barriers."""
-    return 2 * operand_elements + LINE * (row_buffers + 1)
+def _bytes(resident: int, pipeline: Pipeline, width: int, row_buffers: int) -> int:
+    """Resident and pipelined 16-bit elements, a line per buffer of row values, and one line for the barriers."""
+    return 2 * (resident + pipeline.stages * pipeline.block * width) + LINE * (row_buffers + 1)
 
 
-# Chosen by compiling for the H200: the largest blocks without spilled registers, then stages while they fit. Which of
-# several spill-free choices is fastest was never measured on a device; benchmarks/LOG.md has the table.
+# By (head width, value width), narrowest first. Chosen by compiling for the H200: the largest blocks without spilled
+# registers, then stages while they fit. Which of several spill-free choices is fastest was never measured on a device.
+# At width 128 two float32 gradients of 64 rows and both score blocks fill the registers: no backward kernel beyond it.
 TILES: dict[tuple[int, int], Tiles] = {
-    (64, 64): Tiles(128, 3, 128, 3, 64, 3),
-    (96, 96): Tiles(128, 3, 64, 3, 64, 3),
-    (128, 128): Tiles(128, 2, 64, 3, 64, 2),
-    (192, 128): Tiles(128, 2, 64, 2, 64, 2),
-    (192, 192): Tiles(64, 3, 64, 2, 64, 2),
-    (256, 256): Tiles(64, 2, 64, 1, 64, 1),
+    (64, 64): Tiles(Pipeline(128, 3), Pipeline(64, 3), Pipeline(64, 3)),
+    (96, 96): Tiles(Pipeline(128, 3), Pipeline(64, 3), Pipeline(64, 3)),
+    (128, 128): Tiles(Pipeline(128, 2), Pipeline(64, 3), Pipeline(64, 2)),
+    (192, 128): Tiles(Pipeline(128, 2)),
+    (192, 192): Tiles(Pipeline(64, 3)),
+    (256, 256): Tiles(Pipeline(64, 2)),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -116,14 +115,17 @@ def check(case: Case) -> None:
     "case",
     [
         pytest.param(Case(200, 200, N=4, K=2, window=100), id="ragged lengths and a window that ends within a block"),
-        pytest.param(Case(256, 256, window=128), id="window edge on a block border"),
         pytest.param(Case(77, 77, N=2, K=2, window=1), id="window of one key"),
-        pytest.param(Case(130, 130, window=5000, dtype=jnp.float16), id="window longer than the sequence, float16"),
-        pytest.param(Case(100, 300, N=16, K=1, window=60, offset=200), id="sixteen heads share a key head, offset"),
-        pytest.param(Case(150, 90, offset=-20), id="queries before the first key and after the last"),
-        pytest.param(Case(300, 300, segments=(50, 20, 110, 120), window=80), id="packed segments within a window"),
-        pytest.param(Case(140, 140, H=192, Hv=128, window=100), id="values narrower than keys"),
-        pytest.param(Case(140, 140, H=80, Hv=80, scale=-0.2), id="a width that is padded, a negative scale"),
+        pytest.param(
+            Case(100, 100, N=1, H=80, Hv=72, window=5000, scale=-0.2, dtype=jnp.float16),
+            id="float16, a window longer than the sequence, widths that are padded, a negative scale",
+        ),
+        pytest.param(Case(60, 250, N=16, K=1, window=60, offset=190), id="sixteen heads share a key head, offset"),
+        pytest.param(Case(150, 90, N=1, offset=-20), id="queries before the first key and after the last"),
+        pytest.param(Case(200, 200, N=1, segments=(40, 10, 80, 70), window=60), id="packed segments within a window"),
+        pytest.param(
+            Case(192, 192, N=1, H=192, Hv=128, window=128), id="narrower values, window edge on a block border"
+        ),
     ],
 )
 def test_results_and_gradients_equal_the_definition_without_a_race(case: Case) -> None:
@@ -159,100 +161,6 @@ def test_segment_ids_that_return_after_another_are_right_too() -> None:
     wanted, _ = flash_attention_reference(q, k, v, **settings)
     got, _ = flash_attention_gpu(q, k, v, **settings, interpret=True)
     assert relative_error(got, wanted) < 0.01
-
-
-def visited(case: Case, kernel: str) -> np.ndarray:
-    """[tiles, blocks]: whether a tile's result turns NaN when one block of the other side is poisoned.
-
-    A block that is loaded and multiplied spreads its NaN even where every weight is 0; a block that is skipped cannot.
-    Poisoned block b is batch entry b, so one call finds all visits.
-    """
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from pallas_kernels.gpu import flash_backward_key, flash_backward_query, flash_forward
-    from pallas_kernels.gpu.extent import Extent
-    from pallas_kernels.gpu.tiles import TILE
-
-    q, k, v, d_out, _ = case.arrays()
-    block, rows = 64, case.T if kernel == "dk, dv" else case.S
-    common = {"extent": Extent(case.window, case.T, case.S), "scale": case.scale, "block": block, "stages": 2}
-    common["interpret"] = plgpu.InterpretGPUParams()
-    blocks = rows // block
-    poison = jnp.where(jnp.arange(rows)[None] // block == jnp.arange(blocks)[:, None], jnp.nan, 1.0)[..., None, None]
-    q, k, v, d_out = (jnp.repeat(x, blocks, axis=0) for x in (q, k, v, d_out))
-    offset = jnp.asarray([case.offset], jnp.int32)
-    ones = jnp.ones((blocks, case.N, case.T), jnp.float32)
-    if kernel == "forward":
-        result, _ = flash_forward.flash_forward(
-            flash_forward.Operands(q, k, (v * poison).astype(v.dtype), offset, None), **common
-        )
-    elif kernel == "dq":
-        operands = flash_backward_query.Operands(
-            q, (k * poison).astype(k.dtype), v, d_out, 30 * ones, ones, offset, None
-        )
-        result = flash_backward_query.flash_backward_query(operands, **common)
-    else:
-        operands = flash_backward_query.Operands(
-            q, k, v, (d_out * poison).astype(d_out.dtype), 30 * ones, ones, offset, None
-        )
-        _, result = flash_backward_key.flash_backward_key(operands, **common)
-    turned = jnp.isnan(result).reshape(blocks, -1, TILE, *result.shape[2:]).any(axis=(2, 3, 4))
-    return np.asarray(turned.T)
-
-
-def visible_blocks(case: Case, kernel: str) -> np.ndarray:
-    """[tiles, blocks] that hold any visible pair, from the definition of visibility alone."""
-    distance = case.offset + np.arange(case.T)[:, None] - np.arange(case.S)[None]
-    seen = (distance >= 0) & (distance < (case.window or case.S + case.T))
-    if kernel == "dk, dv":
-        seen = seen.T
-    return seen.reshape(seen.shape[0] // 128, 128, seen.shape[1] // 64, 64).any(axis=(1, 3))
-
-
-@pytest.mark.parametrize("kernel", ["forward", "dq", "dk, dv"])
-@pytest.mark.parametrize(
-    "case", [Case(384, 384, N=1, window=100), Case(256, 384, N=1, window=None, offset=128)], ids=str
-)
-def test_exactly_the_blocks_that_hold_a_visible_pair_are_visited(case: Case, kernel: str) -> None:
-    np.testing.assert_array_equal(visited(case, kernel), visible_blocks(case, kernel))
-
-
-@contextlib.contextmanager
-def without_waiting_for(barrier: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Plants a pipeline bug: consumers of the forward kernel use a buffer without waiting until it is full."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from pallas_kernels.gpu import flash_forward
-
-    wait = plgpu.barrier_wait
-    fields = flash_forward.Shared._fields
-    held: dict[str, Any] = {}
-    original = flash_forward._attend
-
-    def attend(consumer: Any) -> Any:
-        held["ref"] = consumer.shared[fields.index(barrier)]
-        return original(consumer)
-
-    def skipping(ref: Any, *args: Any, **kwargs: Any) -> None:
-        base = getattr(ref, "ref", ref)
-        if held.get("ref") is not None and base is getattr(held["ref"], "ref", held["ref"]):
-            return
-        wait(ref, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(flash_forward, "_attend", attend)
-        patch.setattr(plgpu, "barrier_wait", skipping)
-        yield
-
-
-@pytest.mark.parametrize("barrier", ["k_full", "v_full"])
-def test_a_missing_wait_is_caught(barrier: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(128, 128, N=1, window=100)
-    with (
-        without_waiting_for(barrier, monkeypatch),
-        pytest.raises((AssertionError, Exception), match=r"assert|[Rr]ace|Barrier|barrier|Mismatch"),
-    ):
-        check(case)
 
 
 def test_float32_is_refused_in_one_line() -> None:

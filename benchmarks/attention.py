@@ -1,0 +1,335 @@
+"""Attention on a GPU: this project's Hopper kernels against cuDNN, XLA and PyTorch, in one run, as a table and JSON.
+
+    python benchmarks/attention.py [--shapes 4096:none 16384:4096 ...] [--out benchmarks/results/NAME.json] [--smoke]
+
+Per shape and direction: milliseconds, TFLOP/s over the pairs that are visible, the floor (visible operations over the
+chip's dense 16-bit rate, or bytes over its bandwidth, whichever is longer), their ratio, and each peer's time. Before
+anything is timed, out, lse and gradients are compared with the blockwise XLA path on the device. A peer that is not
+installed or refuses a shape is skipped, and the reason printed. `--smoke` uses tiny shapes, runs on a CPU, and times
+the XLA path in the place of the kernels: it checks this script, and its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import flash_attention
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# NVIDIA's datasheets: dense bf16 operations and bytes per second.
+CHIPS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12)}
+BACKWARD_WORK = 2.5  # times the forward's operations, as everybody counts it
+TOLERANCE = 0.02  # of the largest value: twice what bf16 rounding leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One attention call: tokens, window (None for all), heads and head width."""
+
+    tokens: int
+    window: int | None
+    heads: int = 32
+    kv_heads: int = 8
+    width: int = 128
+    batch: int = 1
+
+    def pairs(self) -> int:
+        """Visible query-key pairs of one head."""
+        reach = min(self.window or self.tokens, self.tokens)
+        return reach * (reach + 1) // 2 + (self.tokens - reach) * reach
+
+    def operations(self) -> float:
+        """Of the forward pass: two products of 2 * width operations per visible pair."""
+        return 4.0 * self.width * self.pairs() * self.heads * self.batch
+
+    def bytes(self) -> float:
+        """Read and written once by the forward pass."""
+        return 2.0 * self.batch * self.tokens * self.width * (2 * self.heads + 2 * self.kv_heads)
+
+    def floor_seconds(self, direction: str) -> float | None:
+        chip = next((rates for name, rates in CHIPS.items() if name in jax.devices()[0].device_kind), None)
+        if chip is None:
+            return None
+        work, traffic = (1.0, 1.0) if direction == "forward" else (BACKWARD_WORK, 2.5)
+        return max(work * self.operations() / chip[0], traffic * self.bytes() / chip[1])
+
+    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        keys = jax.random.split(jax.random.key(0), 4)
+        queries = (self.batch, self.tokens, self.heads, self.width)
+        shared = (self.batch, self.tokens, self.kv_heads, self.width)
+        shapes = queries, shared, shared, queries
+        return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))  # pyright: ignore[reportReturnType]
+
+
+DEFAULT = [
+    *(Shape(tokens, None) for tokens in (4096, 8192, 16384, 32768)),
+    *(Shape(tokens, 4096) for tokens in (8192, 16384, 32768, 131072)),
+    *(Shape(tokens, 1024) for tokens in (4096, 16384, 32768, 131072)),
+    Shape(131072, 32768),
+    Shape(131072, None),
+]
+SMOKE = [Shape(96, None, 4, 2, 64), Shape(96, 32, 4, 2, 64)]
+
+
+@dataclasses.dataclass
+class Row:
+    """What was measured for one shape and direction. Milliseconds; a peer that did not run has its reason."""
+
+    tokens: int
+    window: int | None
+    direction: str
+    milliseconds: float
+    teraflops: float
+    floor_milliseconds: float | None
+    share_of_floor: float | None
+    peers: dict[str, float | str]
+
+
+def best_seconds(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float) -> float:
+    """Fewest seconds per call: batches of calls, so that launches overlap, until `budget` seconds are spent."""
+    wait(run())
+    began = time.perf_counter()
+    wait(run())
+    once = max(time.perf_counter() - began, 1e-6)
+    calls = max(1, min(50, int(budget / 4 / once)))
+    best = float("inf")
+    until = time.perf_counter() + budget
+    while True:
+        began = time.perf_counter()
+        last = run()
+        for _ in range(calls - 1):
+            last = run()
+        wait(last)
+        best = min(best, (time.perf_counter() - began) / calls)
+        if time.perf_counter() >= until:
+            return best
+
+
+def pair_of(attend: Callable[..., jax.Array], arrays: tuple[jax.Array, ...]) -> dict[str, Callable[[], Any]]:
+    """Compiled calls: the forward pass alone, and the backward pass alone from kept residuals."""
+    q, k, v, d_out = arrays
+    forward = jax.jit(attend)
+    _, pull = jax.vjp(attend, q, k, v)
+    backward = jax.jit(lambda pull, d_out: pull(d_out))
+    return {"forward": lambda: forward(q, k, v), "backward": lambda: backward(pull, d_out)}
+
+
+def jax_attention(implementation: str, window: int | None) -> Callable[..., jax.Array]:
+    return lambda q, k, v: flash_attention(q, k, v, window=window, implementation=implementation)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def xla(shape: Shape) -> Callable[..., jax.Array]:
+    if shape.tokens > 16384:
+        raise RuntimeError("left out beyond 16384 tokens, where one call takes seconds")
+    return jax_attention("xla", shape.window)
+
+
+def cudnn(window: int | None) -> Callable[..., jax.Array]:
+    local = None if window is None else (window - 1, 0)
+    return lambda q, k, v: jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+
+
+def torch_calls(shape: Shape, flex: bool) -> dict[str, Callable[[], Any]]:
+    """scaled_dot_product_attention, or flex_attention with a block mask of the window. Imports torch."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+
+    def made(heads: int) -> Any:
+        size = (shape.batch, heads, shape.tokens, shape.width)
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    q, k, v = made(shape.heads), made(shape.kv_heads), made(shape.kv_heads)
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        reach = shape.window or shape.tokens
+
+        def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+            return (i >= j) & (i - j < reach)
+
+        mask = create_block_mask(seen, None, None, shape.tokens, shape.tokens, device="cuda")
+        compiled = torch.compile(flex_attention)
+        attend = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)  # noqa: E731
+    elif shape.window is not None and shape.window < shape.tokens:
+        raise RuntimeError("scaled_dot_product_attention has no window")
+    else:
+        attend = lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+    out = attend()
+    d_out = torch.randn_like(out)
+
+    def backward() -> Any:
+        return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+
+    return {"forward": attend, "backward": backward}
+
+
+def torch_wait(result: Any) -> None:
+    import torch
+
+    del result
+    torch.cuda.synchronize()
+
+
+def peer_times(shape: Shape, arrays: tuple[jax.Array, ...], budget: float) -> dict[str, dict[str, float | str]]:
+    """Milliseconds by peer and direction, or the one-line reason why there are none."""
+    makers: dict[str, tuple[Callable[[], dict[str, Callable[[], Any]]], Callable[[Any], Any]]] = {
+        "cudnn": (lambda: pair_of(cudnn(shape.window), arrays), jax.block_until_ready),
+        "xla": (lambda: pair_of(xla(shape), arrays), jax.block_until_ready),
+        "torch_sdpa": (lambda: torch_calls(shape, flex=False), torch_wait),
+        "torch_flex": (lambda: torch_calls(shape, flex=True), torch_wait),
+    }
+    times: dict[str, dict[str, float | str]] = {}
+    for name, (make, wait) in makers.items():
+        try:
+            calls = make()
+            times[name] = {way: 1e3 * best_seconds(call, wait, budget) for way, call in calls.items()}
+        except Exception as error:  # a peer may fail in any way; the run goes on and says why
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+            print(f"  {name} skipped: {reason}", flush=True)
+            times[name] = {"forward": reason, "backward": reason}
+    return times
+
+
+def check(shape: Shape, implementation: str) -> dict[str, float]:
+    """Largest differences from the XLA path on this device, as shares of the largest value. Raises if too large."""
+    q, k, v, d_out = shape.arrays()
+
+    def results(name: str) -> Any:
+        def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+            return flash_attention(q, k, v, window=shape.window, implementation=name, return_lse=True)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+        (out, lse), pull = jax.vjp(jax.jit(both), q, k, v)
+        return out, lse, *pull((d_out, jnp.zeros_like(lse)))
+
+    errors = {}
+    for name, got, want in zip(("out", "lse", "dq", "dk", "dv"), results(implementation), results("xla"), strict=True):
+        difference = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32)).max()
+        errors[name] = float(difference / jnp.abs(want.astype(jnp.float32)).max())
+    if not all(error < TOLERANCE for error in errors.values()):
+        raise SystemExit(f"{shape}: {implementation} differs from xla by {errors}, allowed {TOLERANCE}")
+    return errors
+
+
+def measure(shape: Shape, implementation: str, budget: float, peers: bool) -> list[Row]:
+    arrays = shape.arrays()
+    ours = pair_of(jax_attention(implementation, shape.window), arrays)
+    others = peer_times(shape, arrays, budget) if peers else {}
+    rows = []
+    for direction, call in ours.items():
+        seconds = best_seconds(call, jax.block_until_ready, budget)
+        work = shape.operations() * (1 if direction == "forward" else BACKWARD_WORK)
+        floor = shape.floor_seconds(direction)
+        peer_values = {name: values[direction] for name, values in others.items()}
+        rows.append(
+            Row(
+                shape.tokens,
+                shape.window,
+                direction,
+                1e3 * seconds,
+                work / seconds / 1e12,
+                None if floor is None else 1e3 * floor,
+                None if floor is None else floor / seconds,
+                peer_values,
+            )
+        )
+    return rows
+
+
+def line(row: Row) -> str:
+    floor = (
+        "     -      -"
+        if row.floor_milliseconds is None
+        else f"{row.floor_milliseconds:8.3f} {row.share_of_floor:6.2f}"
+    )
+    peers = "  ".join(f"{name} {t:.3f}" if isinstance(t, float) else f"{name} -" for name, t in row.peers.items())
+    what = f"{row.tokens:7d} {row.window or 'none'!s:>6} {row.direction:8s}"
+    return f"{what} {row.milliseconds:9.3f} {row.teraflops:8.1f} {floor}  {peers}"
+
+
+def machine() -> dict[str, Any]:
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    device = jax.devices()[0]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin", "torch")},
+    }
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def parsed(text: str) -> Shape:
+    tokens, _, window = text.partition(":")
+    try:
+        return Shape(int(tokens), None if window in ("", "none") else int(window))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected TOKENS:WINDOW, such as 16384:4096 or 4096:none") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", type=parsed, default=None, metavar="TOKENS:WINDOW")
+    parser.add_argument("--implementation", default="pallas_gpu")
+    parser.add_argument("--seconds", type=float, default=0.5, help="spent on each measurement")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, also on a CPU")
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    shapes = arguments.shapes or (SMOKE if arguments.smoke else DEFAULT)
+    implementation = "xla" if arguments.smoke else arguments.implementation
+    seconds = 0.01 if arguments.smoke else arguments.seconds
+    print(json.dumps(machine()), flush=True)
+    # Long shapes would spend the time on the check. The tiles are the same: shorter ones of each window stand for them.
+    checked = {dataclasses.replace(shape, tokens=min(shape.tokens, 8192)) for shape in shapes}
+    errors = {
+        f"{shape.tokens}:{shape.window or 'none'}": check(shape, implementation) for shape in sorted(checked, key=str)
+    }
+    print(f"equal to xla within {TOLERANCE}: {', '.join(errors)}", flush=True)
+    if arguments.check_only:
+        return
+    print(" tokens window direction        ms  TFLOP/s    floor  ratio  peers (ms)", flush=True)
+    rows: list[Row] = []
+    for shape in shapes:
+        for row in measure(shape, implementation, seconds, not arguments.no_peers):
+            rows.append(row)
+            print(line(row), flush=True)
+        record = {"machine": machine(), "implementation": implementation, "errors": errors}
+        if arguments.out is not None:
+            write(arguments.out, record | {"rows": [dataclasses.asdict(row) for row in rows]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The Hopper kernels on the device against the dense float32 definition, over a sweep of shapes. It times nothing.
+
+    python benchmarks/gpu_correctness.py [--interpret]
+
+Prints one line per case with the largest difference of out, lse and gradients, as a share of the largest value, and
+exits with 1 if any exceeds what 16-bit rounding explains. `--interpret` runs a few cases in the interpreter on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gpu.flash import flash_attention_gpu
+from pallas_kernels.reference import flash_attention_reference
+
+TOLERANCE = {"bfloat16": 0.012, "float16": 0.002}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call; `packed` draws segment lengths at random."""
+
+    queries: int = 640
+    keys: int = 640
+    heads: int = 4
+    kv_heads: int = 1
+    width: int = 128
+    value_width: int = 128
+    window: int | None = None
+    offset: int = 0
+    packed: bool = False
+    dtype: str = "bfloat16"
+
+
+SWEEP = [
+    *(Case(window=window) for window in (None, 1, 63, 64, 100, 128, 129, 300, 5000)),
+    *(Case(600, 600, window=window) for window in (None, 70)),
+    *(Case(1, 1), Case(5, 5), Case(127, 127, window=3), Case(129, 129)),
+    *(Case(width=width, value_width=width, window=window) for width in (64, 96, 192, 256) for window in (None, 100)),
+    *(Case(width=192, value_width=128, window=window) for window in (None, 100)),
+    Case(width=80, value_width=72),
+    *(Case(heads=heads, kv_heads=kv, window=100) for heads, kv in ((1, 1), (8, 8), (8, 2), (16, 1))),
+    *(Case(200, 700, offset=500, window=window) for window in (None, 150)),
+    *(Case(300, 100, offset=-50), Case(300, 100, offset=-400, window=20), Case(200, 100, offset=50, window=30)),
+    *(Case(1000, 1000, packed=True, window=window) for window in (None, 90)),
+    *(Case(dtype="float16", window=window) for window in (None, 100)),
+    Case(4096, 4096, 8, 2, window=1024),
+    Case(4096, 4096, 8, 2),
+]
+INTERPRETED = [Case(100, 100, 2, 1, 64, 64, window=30), Case(90, 90, 2, 1, 64, 64, packed=True)]
+
+
+def segments_of(case: Case) -> jax.Array | None:
+    if not case.packed:
+        return None
+    cuts = np.sort(np.random.default_rng(1).integers(1, case.keys, size=6))
+    return jnp.asarray(np.searchsorted(cuts, np.arange(case.keys), side="right")[None], jnp.int32)
+
+
+def errors(case: Case, interpret: bool) -> dict[str, float]:
+    """Largest difference from the definition, as a share of the largest value, for both results and three gradients."""
+    dtype = jnp.dtype(case.dtype)
+    rng = np.random.default_rng(0)
+    queries, keys = (1, case.queries, case.heads), (1, case.keys, case.kv_heads)
+    shapes = (*queries, case.width), (*keys, case.width), (*keys, case.value_width), (*queries, case.value_width)
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    segments = segments_of(case)
+    settings: dict[str, Any] = {
+        "window": case.window,
+        "query_segments": segments,
+        "key_segments": segments,
+        "query_offset": case.offset,
+        "scale": case.width**-0.5,
+    }
+    wide = [x.astype(jnp.float32) for x in (q, k, v, d_out)]
+    (out, lse), pull = jax.vjp(lambda *a: flash_attention_reference(*a, **settings), *wide[:3])
+    d_lse = jnp.where(jnp.isfinite(lse), 1.0, 0.0)
+    wanted = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *pull((wide[3], d_lse))), strict=True))
+    got, pull = jax.vjp(lambda *a: flash_attention_gpu(*a, **settings, interpret=interpret), q, k, v)
+    results = dict(zip(wanted, (*got, *pull((d_out, d_lse))), strict=True))
+    return {name: _share(results[name], wanted[name]) for name in wanted}
+
+
+def _share(got: jax.Array, want: jax.Array) -> float:
+    """Both -inf is equality; a NaN is infinitely far."""
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    difference = jnp.where(got == want, 0.0, jnp.abs(got - want))
+    largest = jnp.abs(jnp.where(jnp.isfinite(want), want, 0.0)).max()
+    share = float(difference.max() / jnp.maximum(largest, 1e-3))
+    return share if share == share else float("inf")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--interpret", action="store_true")
+    interpret = parser.parse_args().interpret
+    failed = 0
+    for case in INTERPRETED if interpret else SWEEP:
+        found = errors(case, interpret)
+        wrong = {name: value for name, value in found.items() if not value <= TOLERANCE[case.dtype]}
+        failed += bool(wrong)
+        print("WRONG" if wrong else "right", {k: float(f"{v:.2g}") for k, v in found.items()}, case, flush=True)
+    if failed:
+        raise SystemExit(f"{failed} cases differ from the definition by more than {TOLERANCE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The Hopper kernels compiled to machine code for an H200 that is not here. Nothing is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Hopper kernels need jax >= 0.11"),
+    pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA plugin is missing"),
+    pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="the nvidia compiler wheels are missing"),
+]
+
+# What the plugin would read from an H200; from the vendor's tables of compute capability 9.0.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
+  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 20 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One compilation: widths, window, dtype, and whether sequences are packed."""
+
+    H: int = 128
+    Hv: int = 128
+    window: int | None = 4096
+    dtype: Any = jnp.bfloat16
+    packed: bool = False
+
+    def struct(self, *shape: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype or self.dtype)
+
+
+T, N, K = 8192, 32, 8
+
+
+def kernel_call(kernel: str, shape: Shape) -> tuple[Callable[..., Any], Any]:
+    """The kernel with its production tiles, and its operands as shapes."""
+    from pallas_kernels.gpu import flash_backward_key, flash_backward_query, flash_forward
+    from pallas_kernels.gpu.extent import Extent
+    from pallas_kernels.gpu.spans import Spans
+    from pallas_kernels.gpu.tiles import TILES
+
+    tiles, int32, float32 = TILES[shape.H, shape.Hv], jnp.int32, jnp.float32
+    q, k, v = shape.struct(1, T, N, shape.H), shape.struct(1, T, K, shape.H), shape.struct(1, T, K, shape.Hv)
+    d_out, row = shape.struct(1, T, N, shape.Hv), shape.struct(1, N, T, dtype=float32)
+    offset = shape.struct(1, dtype=int32)
+    spans = Spans(*(shape.struct(1, n, dtype=int32) for n in (T, T, T // 64, T // 32))) if shape.packed else None
+    settings = {"extent": Extent(shape.window, T, T), "scale": shape.H**-0.5, "interpret": False}
+    backward = flash_backward_query.Operands(q, k, v, d_out, row, row, offset, spans)
+    function, operands, pipeline = {
+        "forward": (flash_forward.flash_forward, flash_forward.Operands(q, k, v, offset, spans), tiles.forward),
+        "dq": (flash_backward_query.flash_backward_query, backward, tiles.query),
+        "dk, dv": (flash_backward_key.flash_backward_key, backward, tiles.key),
+    }[kernel]
+    assert pipeline is not None, f"there is no {kernel} kernel of these widths"
+    return lambda operands: function(operands, block=pipeline.block, stages=pipeline.stages, **settings), operands
+
+
+def reports(call: Callable[..., Any], operands: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> str:
+    """What the assembler said about the kernel, and its machine code, both as text."""
+    from jax.experimental import topologies
+
+    tools = Path(next(iter(importlib.util.find_spec("nvidia").submodule_search_locations))) / "cu13" / "bin"  # pyright: ignore
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_SASS", "1")
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=H200)
+    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    capfd.readouterr()
+    jax.jit(call, in_shardings=device, out_shardings=device).lower(operands).compile()
+    return capfd.readouterr().out
+
+
+def check(report: str) -> None:
+    """No spilled byte, warpgroup products and no others, all of them asynchronous."""
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report) == [
+        ("0", "0", "0")
+    ]
+    assert len(re.findall(r"\bHGMMA\b", report)) >= 32
+    assert not re.search(r"\bHMMA\b", report)
+    assert not re.search(r"\b(LDL|STL)\b", report)
+    assert "wgmma.mma_async instructions are serialized" not in report
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dk, dv"])
+@pytest.mark.parametrize("shape", [Shape(), Shape(window=None), Shape(packed=True)], ids=str)
+def test_the_kernels_of_width_128_compile_without_spills(
+    shape: Shape, kernel: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    check(reports(*kernel_call(kernel, shape), monkeypatch, capfd))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        *((Shape(width, width), kernel) for width in (64, 96) for kernel in ("forward", "dq", "dk, dv")),
+        *((Shape(width, value_width), "forward") for width, value_width in ((192, 128), (192, 192), (256, 256))),
+        *((Shape(dtype=jnp.float16), kernel) for kernel in ("forward", "dq", "dk, dv")),
+    ],
+    ids=str,
+)
+def test_every_width_compiles_without_spills(
+    shape: Shape, kernel: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    check(reports(*kernel_call(kernel, shape), monkeypatch, capfd))
+
+
+def test_the_budgets_hold_what_a_block_of_threads_may_use() -> None:
+    from pallas_kernels.gpu.tiles import SHARED_MEMORY_LIMIT, TILES
+
+    for widths, tiles in TILES.items():
+        assert max(tiles.bytes_needed(*widths).values()) <= SHARED_MEMORY_LIMIT, widths
