@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import flash_attention
@@ -23,6 +23,7 @@ from .naive_attention import naive_flash
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla")
 QUERY_BLOCK, KEY_BLOCK = 8, 16
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}  # most of this file's time is compiling
+NO_SHRINKING = (Phase.explicit, Phase.generate)  # every smaller example would be compiled anew
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +102,7 @@ def call(case: Case, implementation: Implementation, q: Any, k: Any, v: Any) -> 
 run = jax.jit(call, static_argnums=(0, 1), compiler_options=QUICK)
 
 
-@settings(max_examples=16)
+@settings(max_examples=16, phases=NO_SHRINKING)
 @given(case=cases())
 def test_every_implementation_equals_the_textbook_loop(case: Case) -> None:
     arrays = case.arrays()
@@ -111,7 +112,7 @@ def test_every_implementation_equals_the_textbook_loop(case: Case) -> None:
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5, err_msg=implementation)
 
 
-@settings(max_examples=5)
+@settings(max_examples=5, phases=NO_SHRINKING)
 @given(case=cases())
 def test_gradients_equal_those_of_the_dense_definition(case: Case) -> None:
     """Through the output and the log-sum-exp together; rows that see nothing take no part."""

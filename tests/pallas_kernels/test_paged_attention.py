@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import paged_attention, write_pages
@@ -23,6 +23,7 @@ from .naive_attention import naive_paged
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "xla")
 MAX_TILE, MIN_KEY_BLOCK = 4, 8
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}  # most of this file's time is compiling
+NO_SHRINKING = (Phase.explicit, Phase.generate)  # every smaller example would be compiled anew
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +123,7 @@ def run(window: int | None, implementation: Implementation, call: Call) -> tuple
     return paged_attention(*call, window=window, return_lse=True, implementation=implementation)
 
 
-@settings(max_examples=14)
+@settings(max_examples=14, phases=NO_SHRINKING)
 @given(case=cases())
 def test_every_implementation_equals_the_textbook_loop(case: Case) -> None:
     call = case.call()
@@ -147,6 +148,24 @@ def test_a_table_that_repeats_its_pages_is_a_ring(implementation: Implementation
     )
     for got, want in zip(run(7, implementation, ring), run(7, implementation, call), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [(5, 1, 0), (4, 4, 4), (0, 0, 9), (1, 1, 1), (0, 7, 3), (0, 0, 0)])
+def test_every_query_row_lies_in_exactly_one_tile(counts: tuple[int, ...]) -> None:
+    """Places of a tile that hold no row point past the end, where nothing is written."""
+    n_rows, lengths = 13, np.add(counts, 2).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    tiles = jitted_tiles(starts, lengths, n_rows, MAX_TILE)
+    held = np.asarray(tiles.rows)[np.asarray(tiles.rows) < n_rows]
+    assert sorted(held.tolist()) == list(range(sum(counts)))
+    for row, sequence, position in zip(*map(np.asarray, tiles), strict=True):
+        for place in np.flatnonzero(row < n_rows):
+            assert starts[sequence] <= row[place] < starts[sequence + 1]
+            assert position[place] == 2 + row[place] - starts[sequence]
+        assert np.all(position[row >= n_rows] == -1)
+
+
+jitted_tiles = jax.jit(paged.cut_tiles, static_argnums=(2, 3), compiler_options=QUICK)
 
 
 def test_one_program_serves_every_length_and_every_split() -> None:
@@ -189,7 +208,7 @@ def test_bfloat16_pools_give_bfloat16_results_within_rounding() -> None:
 jitted_slots = jax.jit(token_slots, static_argnums=(3, 4, 5), compiler_options=QUICK)
 
 
-@settings(max_examples=8)
+@settings(max_examples=8, phases=NO_SHRINKING)
 @given(case=cases())
 def test_every_real_row_is_written_to_its_own_place_and_no_other_place_changes(case: Case) -> None:
     call = case.call()
