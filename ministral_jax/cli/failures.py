@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,9 +23,7 @@ def run_guarded(command: Callable[[], int], *, debug: bool) -> int:
         code = command()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # Whoever read our output has left. What Python still holds for them goes nowhere, without a complaint at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has left, which is no reason to complain
         return PIPE_CLOSED
     except KeyboardInterrupt:
         print("\nministral: interrupted", file=sys.stderr)
