@@ -46,6 +46,7 @@ class Consumer(NamedTuple):
     shared: Shared
     me: Array  # which consumer
     limits: tuple[Array, Array | None]
+    count: Array  # steps of all heads together
     scale: float  # of the scores, times log2(e)
     interpreted: bool
 
@@ -100,7 +101,8 @@ def _tile(
         plgpu.copy_gmem_to_smem(gmem.k.at[batch, rows, head], k_tile, arrived)
         plgpu.copy_gmem_to_smem(gmem.v.at[batch, rows, head], v_tile, arrived)
         plgpu.barrier_wait(arrived)
-        consumer = Consumer(shared, warpgroup, limits_of(rows), scale * LOG2_E, interpreted)
+        count = (steps.stop - steps.start) * group
+        consumer = Consumer(shared, warpgroup, limits_of(rows), count, scale * LOG2_E, interpreted)
         dk_sum, dv_sum = _walk(consumer, steps, group)
         k_tile[...] = (dk_sum * scale).astype(k_tile.dtype)
         v_tile[...] = dv_sum.astype(v_tile.dtype)
@@ -170,8 +172,18 @@ def _walk(consumer: Consumer, steps: Steps, group: int) -> tuple[Array, Array]:
         carry = phase(steps.bare_start, steps.bare_stop, (None, None), carry)
         return carry if high is None else phase(steps.bare_stop, steps.stop, (None, high), carry)
 
+    _wait_for_queries(consumer, jnp.int32(0))
     start = zeros(ROWS_EACH, shared.k.shape[2]), zeros(ROWS_EACH, shared.v.shape[2])
     return lax.fori_loop(jnp.int32(0), jnp.int32(group), one_head, start)
+
+
+def _wait_for_queries(consumer: Consumer, i: Array) -> None:
+    """Until the queries of step i are there, if there is such a step."""
+    full = consumer.shared.q_full
+
+    @pl.when(i < consumer.count)
+    def wait() -> None:
+        plgpu.barrier_wait(full.at[lax.rem(i, jnp.int32(consumer.shared.q.shape[0]))])
 
 
 def _step(
@@ -194,11 +206,11 @@ def _step(
         lse = plgpu.load(shared.lse.at[slot], layout=COLUMNS)
         s = mask_scores(scores.value(in_flight=1), *limits, n * block)
         weights = jnp.exp2(s * consumer.scale - down(lse, ROWS_EACH))
+        _wait_for_queries(consumer, done + n + 1)  # a border before the wait: see the forward kernel
         delta = plgpu.load(shared.delta.at[slot], layout=COLUMNS)
         d_scores = weights * (d_weights.value(in_flight=0) - down(delta, ROWS_EACH))
         return weights.astype(shared.q.dtype), d_scores.astype(shared.q.dtype)
 
-    plgpu.barrier_wait(shared.q_full.at[slot])
     fresh = [(ROWS_EACH, block), (ROWS_EACH, block)]
     weights, d_scores = accumulating(weigh, fresh=fresh, interpreted=consumer.interpreted)
 

@@ -68,7 +68,12 @@ class Consumer(NamedTuple):
 def flash_backward_query(
     operands: Operands, *, extent: Extent, scale: float, block: int, stages: int, interpret: Any
 ) -> Float[Array, "B T N H"]:
-    """The gradient of the queries."""
+    """The gradient of the queries.
+
+    Needs at least three stages: the keys of the next step are awaited before those of the last one are given back.
+    """
+    if stages < 3:
+        raise ValueError(f"stages={stages}: the dQ kernel needs at least 3")
     (B, T, N, H), dtype = operands.q.shape, operands.q.dtype
     Hv = operands.v.shape[3]
     full = plgpu.Barrier(num_barriers=stages)
@@ -138,6 +143,8 @@ def _walk(consumer: Consumer) -> Array:
     shared = consumer.shared
     right = jnp.maximum(steps.stop - steps.bare_stop, 1)  # steps count from the newest block
     bare = jnp.maximum(steps.stop - steps.bare_start, 1)
+    _wait_for(consumer, shared.k_full, jnp.int32(0))
+    _wait_for(consumer, shared.v_full, jnp.int32(0))
     carry = _step(consumer, (low, high), jnp.int32(0), None)
     carry = lax.fori_loop(jnp.int32(1), right, functools.partial(_step, consumer, (low, high)), carry)
     carry = lax.fori_loop(right, bare, functools.partial(_step, consumer, (None, None)), carry)
@@ -153,6 +160,14 @@ def _walk(consumer: Consumer) -> Array:
     acc = accumulating(product, continued=[acc], interpreted=consumer.interpreted)
     plgpu.barrier_arrive(shared.k_free.at[last])
     return acc
+
+
+def _wait_for(consumer: Consumer, full: Any, i: Array) -> None:
+    """Until the block of step i is there, if there is such a step."""
+
+    @pl.when(i < consumer.steps.stop - consumer.steps.start)
+    def wait() -> None:
+        plgpu.barrier_wait(full.at[lax.rem(i, jnp.int32(consumer.shared.k.shape[0]))])
 
 
 def _step(
@@ -172,8 +187,10 @@ def _step(
             gradient[0].add(carry[1], shared.k.at[before])
         s = mask_scores(scores.value(len(gradient) + 1), *limits, (consumer.steps.stop - 1 - i) * block)
         weights = jnp.exp2(s * consumer.scale - across(consumer.lse, block))
+        _wait_for(consumer, shared.v_full, i + 1)  # a border before each wait: see the forward kernel
         d_scores = weights * (d_weights.value(len(gradient)) - across(consumer.delta, block))
         plgpu.barrier_arrive(shared.v_free.at[slot])
+        _wait_for(consumer, shared.k_full, i + 1)
         if carry is None:
             return zeros(ROWS_EACH, H), d_scores.astype(shared.k.dtype)
         acc = gradient[0].value(in_flight=0)
@@ -181,8 +198,6 @@ def _step(
         # Rounded after the wait: see the forward kernel.
         return acc, d_scores.astype(shared.k.dtype)
 
-    plgpu.barrier_wait(shared.k_full.at[slot])
-    plgpu.barrier_wait(shared.v_full.at[slot])
     fresh = [(ROWS_EACH, block), (ROWS_EACH, block)]
     continued = [] if carry is None else [carry[0]]
     return accumulating(products, fresh=fresh, continued=continued, interpreted=consumer.interpreted)

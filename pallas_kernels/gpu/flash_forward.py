@@ -223,6 +223,7 @@ def _first_step(consumer: Consumer) -> tuple[Array, Softmax]:
         plgpu.barrier_wait(barrier)
     scores = accumulating(product, fresh=[(ROWS_EACH, block)], interpreted=consumer.interpreted)
     plgpu.barrier_arrive(shared.k_free.at[0])
+    _wait_for_keys(consumer, jnp.int32(1))
     scores = mask_scores(scores, *consumer.limits, (consumer.steps.stop - 1) * block)
     softmax, _ = _advance(consumer, scores, per_row(NOTHING_YET, ROWS_EACH), per_row(0.0, ROWS_EACH))
     return zeros(ROWS_EACH, Hv), softmax._replace(weights=softmax.weights.astype(shared.v.dtype))
@@ -244,15 +245,27 @@ def _step(consumer: Consumer, limits: tuple[Array | None, Array | None], i: Arra
         plgpu.barrier_arrive(shared.k_free.at[slot])
         s = mask_scores(s, *limits, (consumer.steps.stop - 1 - i) * block)
         new, decay = _advance(consumer, s, softmax.top, softmax.total)
+        # Waiting here for the next keys, rather than in the next step, is a border in the code that keeps the assembler
+        # from moving the wait below above the softmax, which would end the overlap.
+        _wait_for_keys(consumer, i + 1)
         acc = mixed.value(in_flight=0)
         plgpu.barrier_arrive(shared.v_free.at[before])
         # Rounded only now: before, the register of the old weights is still being read by the tensor cores, and the
         # assembler would give up the overlap (its warning C7513).
         return acc * across(decay, Hv), new._replace(weights=new.weights.astype(shared.v.dtype))
 
-    for barrier in (shared.k_full.at[slot], shared.v_full.at[before], shared.turn.at[me]):
-        plgpu.barrier_wait(barrier)
+    plgpu.barrier_wait(shared.v_full.at[before])
+    plgpu.barrier_wait(shared.turn.at[me])
     return accumulating(products, fresh=[(ROWS_EACH, block)], continued=[acc], interpreted=consumer.interpreted)
+
+
+def _wait_for_keys(consumer: Consumer, i: Array) -> None:
+    """Until the keys of step i are there, if there is such a step."""
+    full = consumer.shared.k_full
+
+    @pl.when(i < consumer.steps.stop - consumer.steps.start)
+    def wait() -> None:
+        plgpu.barrier_wait(full.at[lax.rem(i, jnp.int32(consumer.shared.k.shape[0]))])
 
 
 def _last_product(consumer: Consumer, acc: Array, softmax: Softmax) -> tuple[Array, Softmax]:

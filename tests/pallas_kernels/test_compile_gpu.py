@@ -93,7 +93,7 @@ def reports(call: Callable[..., Any], operands: Any, monkeypatch: pytest.MonkeyP
 
 
 def check(report: str) -> None:
-    """No spilled byte, warpgroup products and no others, all of them asynchronous."""
+    """No spilled byte, warpgroup products and no others, all of them asynchronous, with exponentials under them."""
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report) == [
         ("0", "0", "0")
     ]
@@ -101,6 +101,24 @@ def check(report: str) -> None:
     assert not re.search(r"\bHMMA\b", report)
     assert not re.search(r"\b(LDL|STL)\b", report)
     assert "wgmma.mma_async instructions are serialized" not in report
+    under, total = exponentials(report)
+    assert total >= 32
+    assert under >= total / 2, f"{under} of {total} exponentials run while a product does"
+
+
+def exponentials(report: str) -> tuple[int, int]:
+    """How many exponentials stand between a wait that leaves products running and the next wait, and how many in all.
+
+    The assembler moves waits as well as arithmetic: the order in the source does not show what overlaps.
+    """
+    under = total = 0
+    running = False
+    for instruction in re.findall(r"\bDEPBAR\.LE gsb0, 0x[0-9]|\bMUFU\.EX2", report):
+        if instruction.startswith("DEPBAR"):
+            running = not instruction.endswith("0x0")
+        else:
+            total, under = total + 1, under + running
+    return under, total
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dk, dv"])

@@ -39,7 +39,7 @@ def settings(call: Call) -> dict[str, Any]:
 
     interpret = plgpu.InterpretGPUParams(detect_races=True)  # pyright: ignore[reportAttributeAccessIssue]
     extent = Extent(call.window, call.T, call.S)
-    return {"extent": extent, "scale": 0.125, "block": BLOCK, "stages": 2, "interpret": interpret}
+    return {"extent": extent, "scale": 0.125, "block": BLOCK, "stages": 3, "interpret": interpret}
 
 
 def visited(call: Call, kernel: str) -> np.ndarray:
