@@ -18,7 +18,8 @@ def keep_compiled_programs() -> None:
     """Turns jax's persistent compilation cache on, unless one is set up. An empty MINISTRAL_CACHE keeps it off."""
     import jax
 
-    if os.environ.get("MINISTRAL_CACHE") == "" or jax.config.jax_compilation_cache_dir is not None:
+    configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if os.environ.get("MINISTRAL_CACHE") == "" or configured is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

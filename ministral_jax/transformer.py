@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention, paged_attention, write_pages
 from pallas_kernels.flash_attention import Implementation
+from pallas_kernels.paged_attention import Implementation as PagedImplementation
 
 from .attention import Attend, Attention, Memory, Rotation
 from .cache import PagedBatch, PagedCache
@@ -57,7 +58,7 @@ class Embedding(nnx.Module):
 class Transformer(nnx.Module):
     """A Mistral text decoder. Built abstract (no memory); fill it with `parameters.fill` or `parameters.initialize`.
 
-    `attention` names the implementation of both attention operations, "auto" by default.
+    `attention` names the implementation of attention, "auto" by default (see pallas_kernels.flash_attention).
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Transformer(nnx.Module):
         refuse_missing_layers(config)
         self.config = config
         self.attention_implementation: Implementation = attention
+        # Of the kernels, only these two have a paged counterpart; the others leave the choice to it.
+        self.paged_implementation: PagedImplementation = attention if attention in ("reference", "xla") else "auto"
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, dtype)
         self.layers = nnx.List([Block(config, dtype) for _ in range(config.n_layers)])
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
@@ -128,7 +131,7 @@ class Transformer(nnx.Module):
                 batch.query_starts,
                 batch.lengths,
                 window=self.config.windows[layer],
-                implementation=self.attention_implementation,
+                implementation=self.paged_implementation,
             )
             return out, memory.with_layer(layer, k_pages, v_pages)
 

@@ -5,6 +5,8 @@ Checks and dispatch only.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -14,6 +16,38 @@ from .reference import paged_attention_reference, token_positions
 from .xla.paged import paged_attention_xla
 
 IMPLEMENTATIONS = {"reference": paged_attention_reference, "xla": paged_attention_xla}
+
+
+@overload
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "P page K H"],
+    v_pages: Float[Array, "P page K Hv"],
+    page_table: Int[Array, "B pages"],
+    query_starts: Int[Array, "B_plus_1"],
+    lengths: Int[Array, "B"],
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    implementation: Implementation = "auto",
+) -> Float[Array, "T N Hv"]: ...
+
+
+@overload
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "P page K H"],
+    v_pages: Float[Array, "P page K Hv"],
+    page_table: Int[Array, "B pages"],
+    query_starts: Int[Array, "B_plus_1"],
+    lengths: Int[Array, "B"],
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]: ...
 
 
 def paged_attention(
@@ -54,8 +88,8 @@ def paged_attention(
     """
     _check(q, k_pages, v_pages, page_table, query_starts, window, implementation)
     run = IMPLEMENTATIONS["xla" if implementation == "auto" else implementation]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = run(q, k_pages, v_pages, page_table, query_starts, lengths, window=window, scale=scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = run(q, k_pages, v_pages, page_table, query_starts, lengths, window=window, scale=factor)
     return (out, lse) if return_lse else out
 
 

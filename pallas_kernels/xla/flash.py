@@ -7,7 +7,7 @@ the key blocks that the window leaves, and a backward pass that recomputes the p
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,8 @@ def flash_attention_xla(
     queries = _pad(q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4), 3, shape.query_block)  # [B, K, G, T, H]
     keys = _pad(k.transpose(0, 2, 1, 3), 2, shape.key_block)  # [B, K, S, H]
     values = _pad(v.transpose(0, 2, 1, 3), 2, shape.key_block)
-    out, lse = _blockwise(shape, queries, keys, values, positions)
+    both: tuple[Array, Array] = cast(Any, _blockwise)(shape, queries, keys, values, positions)
+    out, lse = both
     out = out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
     return out, lse[:, :, :, :T].transpose(0, 3, 1, 2).reshape(B, T, N)
 
