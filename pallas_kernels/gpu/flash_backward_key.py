@@ -46,7 +46,7 @@ class Consumer(NamedTuple):
     shared: Shared
     me: Array  # which consumer
     limits: tuple[Array, Array | None]
-    count: Array  # steps of all heads together
+    n_steps: Array  # steps of all heads together
     scale: float  # of the scores, times log2(e)
     interpreted: bool
 
@@ -181,7 +181,7 @@ def _wait_for_queries(consumer: Consumer, i: Array) -> None:
     """Until the queries of step i are there, if there is such a step."""
     full = consumer.shared.q_full
 
-    @pl.when(i < consumer.count)
+    @pl.when(i < consumer.n_steps)
     def wait() -> None:
         plgpu.barrier_wait(full.at[lax.rem(i, jnp.int32(consumer.shared.q.shape[0]))])
 
