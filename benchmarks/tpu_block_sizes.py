@@ -135,28 +135,26 @@ def main() -> None:
     if arguments.sizes:
         ours = table_sizes(arguments.chip, arguments.kernel)
         candidates = [ours if x == "table" else tuple(int(n) for n in x.split(",")) for x in arguments.sizes]
-    results = []
     print(f"{'rows,block,tile,lanes':>24} {'bundles':>8} {'mxu':>5} {'valu':>5} {'spill':>6} {'cost':>7}")
     for sizes in candidates:
         found = measure(arguments.chip, arguments.kernel, arguments.window, sizes)
-        results.append(found)
+        write(found)
         name = ",".join(map(str, sizes))
         if "error" in found:
             print(f"{name:>24} {found['error']}", flush=True)
             continue
         shares = " ".join(f"{100 * found[key]:4.0f}%" for key in ("mxu", "valu", "spill_stores"))
         print(f"{name:>24} {found['bundles']:>8} {shares} {found['cost']:>8.0f}", flush=True)
-    write(results)
 
 
-def write(results: list[dict[str, Any]]) -> None:
-    """Adds results to the file, replacing those of the same candidate."""
+def write(result: dict[str, Any]) -> None:
+    """Adds a result to the file, replacing that of the same candidate."""
 
     def key(found: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(found[n] for n in ("chip", "kernel", "window", "query_rows", "key_block", "key_tile", "lanes"))
 
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    merged = {**{key(x): x for x in kept}, **{key(x): x for x in results}}
+    merged = {**{key(x): x for x in kept}, key(result): result}
     RESULTS.parent.mkdir(exist_ok=True)
     partial = RESULTS.with_suffix(".partial")
     partial.write_text(json.dumps([merged[k] for k in sorted(merged)], indent=1) + "\n")
