@@ -14,7 +14,7 @@ from .conversations import Stage
 from .vocabulary import VOCABULARY_SIZE
 
 WINDOW = 32
-MAX_LENGTH = 4096
+MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
