@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class Workload:
     repeats: int = 3
 
 
-SMOKE = Workload(64, 2, 4, 2, 16, 128, 256, 32, 64, 16, 8, 1)
+SMOKE = Workload(64, 2, 4, 2, 16, 128, 256, 32, 64, 16, 8)
 
 
 def write_model(directory: Path, load: Workload) -> None:
@@ -138,10 +138,11 @@ def rates(run, load: Workload) -> dict[str, float]:
 SIDES = {"ministral-jax": measure_ours, "transformers": measure_transformers}
 
 
-def run_side(side: str, directory: Path, dtype: str, threads: int, smoke: bool) -> dict[str, float]:
+def run_side(side: str, directory: Path, dtype: str, arguments: argparse.Namespace) -> dict[str, float]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--model", str(directory), "--dtype", dtype]
-    command += ["--threads", str(threads)] + (["--smoke"] if smoke else [])
+    command += ["--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
+    command += ["--smoke"] if arguments.smoke else []
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr[-2000:]}")
@@ -152,11 +153,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs after one that warms up; the best counts")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: checks the script, measures nothing of worth")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    load = SMOKE if arguments.smoke else Workload()
+    load = replace(SMOKE if arguments.smoke else Workload(), repeats=arguments.repeats)
     if arguments.side:
         measured = SIDES[arguments.side](arguments.model, load, arguments.dtype[0], arguments.threads)
         print(json.dumps(measured))
@@ -165,9 +167,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory), load)
         for dtype in arguments.dtype:
-            rows[dtype] = {
-                side: run_side(side, Path(directory), dtype, arguments.threads, arguments.smoke) for side in SIDES
-            }
+            rows[dtype] = {side: run_side(side, Path(directory), dtype, arguments) for side in SIDES}
     report(rows, load, arguments.threads, arguments.smoke)
 
 
