@@ -141,7 +141,14 @@ SIDES = {"ministral-jax": measure_ours, "transformers": measure_transformers}
 def run_side(side: str, directory: Path, dtype: str, arguments: argparse.Namespace) -> dict[str, float]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--model", str(directory), "--dtype", dtype]
-    command += ["--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
+    command += [
+        "--threads",
+        str(arguments.threads),
+        "--repeats",
+        str(arguments.repeats),
+        "--divide",
+        str(arguments.divide),
+    ]
     command += ["--smoke"] if arguments.smoke else []
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     if done.returncode:
@@ -154,11 +161,21 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="timed runs after one that warms up; the best counts")
+    parser.add_argument(
+        "--divide", type=int, default=1, help="cut prompts and answers to this fraction, for slow dtypes"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: checks the script, measures nothing of worth")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    load = replace(SMOKE if arguments.smoke else Workload(), repeats=arguments.repeats)
+    load = SMOKE if arguments.smoke else Workload()
+    load = replace(
+        load,
+        repeats=arguments.repeats,
+        prefill_tokens=load.prefill_tokens // arguments.divide,
+        decode_prompt=load.decode_prompt // arguments.divide,
+        decode_tokens=load.decode_tokens // arguments.divide,
+    )
     if arguments.side:
         measured = SIDES[arguments.side](arguments.model, load, arguments.dtype[0], arguments.threads)
         print(json.dumps(measured))
@@ -187,7 +204,7 @@ def report(rows: dict, load: Workload, threads: int, smoke: bool) -> None:
         "workload": asdict(load),
         "tokens_per_second": rows,
     }
-    target = RESULTS / "cpu.json"
+    target = RESULTS / f"cpu_{'_'.join(rows)}.json"
     partial = target.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, target)
