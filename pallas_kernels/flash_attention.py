@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .flash_dispatch import Implementation, Problem, choose, target
+from .dispatch import choose, target
+from .flash_dispatch import TABLE, FlashProblem, Implementation
 
 __all__ = ["Implementation", "check_heads_and_window", "flash_attention"]
 
@@ -82,7 +83,7 @@ def flash_attention(
     """
     _check(q, k, v, window, implementation)
     query_segments, key_segments = _split_segments(segment_ids, q, k)
-    problem = Problem(
+    problem = FlashProblem(
         target(),
         str(q.dtype),
         (q.shape[-1], v.shape[-1]),
@@ -92,7 +93,7 @@ def flash_attention(
         return_lse,
         bool(interpret),
     )
-    run = choose(implementation, problem)
+    run = choose("flash_attention", TABLE, implementation, problem)
     out, lse = run(
         q,
         k,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from .visibility import visible
 
@@ -80,22 +80,34 @@ def token_positions(
 
 def paged_attention_reference(
     q: Float[Array, "T N H"],
-    k_pages: Float[Array, "P page K H"],
-    v_pages: Float[Array, "P page K Hv"],
+    k_pages: Num[Array, "P page K H"],
+    v_pages: Num[Array, "P page K Hv"] | None,
     page_table: Int[Array, "B pages"],
     query_starts: Int[Array, "B_plus_1"],
     lengths: Int[Array, "B"],
     *,
     window: int | None,
     scale: float,
-) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
+    k_scale: Float[Array, "K"] | None,
+    v_scale: Float[Array, "K"] | None,
+    value_width: int | None = None,
+) -> tuple[Float[Array, "T N value"], Float[Array, "T N"]]:
     """`paged_attention` by definition: every query row gathers the whole page table of its sequence and masks."""
     T, page = q.shape[0], k_pages.shape[1]
     sequence, position = token_positions(query_starts, lengths, T)
     rows = page_table[jnp.clip(sequence, 0)]  # [T, pages]
-    keys = k_pages[rows].reshape(T, -1, *k_pages.shape[2:])  # [T, S, K, H]
-    values = v_pages[rows].reshape(T, -1, *v_pages.shape[2:])
+    keys = scaled(k_pages[rows], k_scale).reshape(T, -1, *k_pages.shape[2:])  # [T, S, K, H]
+    if v_pages is None:
+        values = keys[..., :value_width]
+    else:
+        values = scaled(v_pages[rows], v_scale).reshape(T, -1, *v_pages.shape[2:])
     at = jnp.arange(rows.shape[1] * page, dtype=jnp.int32)
     mask = visible(position[:, None], at[None, :], window) & (position >= 0)[:, None]  # [T, S]
     out, lse = masked_softmax_attention(q[:, None], keys, values, mask[:, None], scale)
     return out[:, 0].astype(q.dtype), lse[:, 0]
+
+
+def scaled(entries: Num[Array, "*rows K H"], scale: Float[Array, "K"] | None) -> Float[Array, "*rows K H"]:
+    """What stored entries stand for, in float32."""
+    numbers = entries.astype(jnp.float32)
+    return numbers if scale is None else numbers * scale[:, None]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from ..visibility import key_block_bounds, visible
 
@@ -28,23 +28,28 @@ class Tiles(NamedTuple):
 
 def paged_attention_xla(
     q: Float[Array, "T N H"],
-    k_pages: Float[Array, "P page K H"],
-    v_pages: Float[Array, "P page K Hv"],
+    k_pages: Num[Array, "P page K H"],
+    v_pages: Num[Array, "P page K Hv"] | None,
     page_table: Int[Array, "B pages"],
     query_starts: Int[Array, "B_plus_1"],
     lengths: Int[Array, "B"],
     *,
     window: int | None,
     scale: float,
-) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
+    k_scale: Float[Array, "K"] | None,
+    v_scale: Float[Array, "K"] | None,
+    value_width: int | None = None,
+) -> tuple[Float[Array, "T N value"], Float[Array, "T N"]]:
     """As `paged_attention_reference`, tile by tile. Not differentiable: decoding has no gradient."""
     (T, N, _), (page, K) = q.shape, k_pages.shape[1:3]
-    Hv = v_pages.shape[-1]
+    Hv = value_width if v_pages is None else v_pages.shape[-1]
+    out_scale = k_scale if v_pages is None else v_scale
     pages_per_block = min(max(MIN_KEY_BLOCK // page, 1), page_table.shape[1])
     block = pages_per_block * page
     tiles = cut_tiles(query_starts, lengths, T, _tile_rows(T, lengths.shape[0]))
     queries = q.at[tiles.rows].get(mode="fill", fill_value=0)  # [M, tile, N, H]
     queries = queries.reshape(*tiles.rows.shape, K, N // K, -1).transpose(0, 2, 3, 1, 4)  # [M, K, G, tile, H]
+    score_scale = scale if k_scale is None else scale * k_scale[:, None, None, None]  # [K, 1, 1, 1]
     first = jnp.min(jnp.where(tiles.position < 0, jnp.iinfo(jnp.int32).max, tiles.position), axis=1)
     last = jnp.max(tiles.position, axis=1)  # [M]
     used = last >= 0
@@ -59,8 +64,11 @@ def paged_attention_xla(
         mask = visible(tiles.position[:, :, None], at[:, None, :], window) & (tiles.position >= 0)[:, :, None]
         seen = mask.any(axis=1)[:, :, None, None]  # [M, block, 1, 1]
         keys = jnp.where(seen, k_pages[page_ids].reshape(-1, block, K, k_pages.shape[-1]), 0).astype(q.dtype)
-        values = jnp.where(seen, v_pages[page_ids].reshape(-1, block, K, Hv), 0).astype(q.dtype)
-        scores = jnp.einsum("MKGTH,MSKH->MKGTS", queries, keys, preferred_element_type=jnp.float32) * scale
+        if v_pages is None:
+            values = keys[..., :Hv]
+        else:
+            values = jnp.where(seen, v_pages[page_ids].reshape(-1, block, K, Hv), 0).astype(q.dtype)
+        scores = jnp.einsum("MKGTH,MSKH->MKGTS", queries, keys, preferred_element_type=jnp.float32) * score_scale
         scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         finite_top = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
@@ -77,6 +85,8 @@ def paged_attention_xla(
     )
     top, total, acc = jax.lax.fori_loop(0, n_steps, one_step, begin)
     out = acc / jnp.where(total > 0, total, 1.0)[..., None]
+    if out_scale is not None:
+        out = out * out_scale[:, None, None, None]
     lse = jnp.log(total) + jnp.where(jnp.isfinite(top), top, 0.0)
     packed_out = jnp.zeros((T, N, Hv), q.dtype)
     packed_lse = jnp.full((T, N), -jnp.inf, jnp.float32)

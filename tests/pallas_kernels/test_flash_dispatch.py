@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import flash_attention, flash_dispatch
-from pallas_kernels.flash_dispatch import Problem, Target
+from pallas_kernels import dispatch, flash_attention
+from pallas_kernels.dispatch import Target
+from pallas_kernels.flash_dispatch import TABLE, FlashProblem
 
 CPU, TPU, H200, A100 = (
     Target("cpu", "cpu"),
@@ -22,14 +23,17 @@ CPU, TPU, H200, A100 = (
 )
 
 
-def problem(target: Target, dtype: str = "bfloat16", **changes: Any) -> Problem:
-    plain = Problem(target, dtype, (128, 128), (64, 64), 0, segmented=False, return_lse=False, interpret=False)
+def problem(target: Target, dtype: str = "bfloat16", **changes: Any) -> FlashProblem:
+    plain = FlashProblem(target, dtype, (128, 128), (64, 64), 0, segmented=False, return_lse=False, interpret=False)
     return plain._replace(**changes)
+
+
+choose = functools.partial(dispatch.choose, "flash_attention", TABLE)
 
 
 @pytest.fixture(autouse=True)
 def nothing_logged_yet() -> None:
-    flash_dispatch._log_once.cache_clear()
+    dispatch._log_once.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -43,23 +47,20 @@ def nothing_logged_yet() -> None:
         (H200, "float32", "xla"),
     ],
 )
-def test_auto_takes_the_first_row_that_serves_the_call(
-    target: Target, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flash_dispatch, "_load", lambda name: lambda: name)
-    assert flash_dispatch.choose("auto", problem(target, dtype))() == name
+def test_auto_takes_the_first_row_that_serves_the_call(target: Target, dtype: str, name: str) -> None:
+    assert choose("auto", problem(target, dtype)).__name__ == TABLE[name].function
 
 
 def test_a_fall_back_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            flash_dispatch.choose("auto", problem(TPU, "float16"))
+            choose("auto", problem(TPU, "float16"))
     (record,) = caplog.records
     assert "pallas_tpu is passed over: q is float16, expected bfloat16 or float32" in record.message
 
 
 def test_the_ordinary_choice_on_a_cpu_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    flash_dispatch.choose("auto", problem(CPU))
+    choose("auto", problem(CPU))
     assert not caplog.records
 
 
@@ -80,9 +81,9 @@ def test_the_ordinary_choice_on_a_cpu_logs_nothing(caplog: pytest.LogCaptureFixt
         ("auto", problem(CPU, interpret=True), "name a Pallas kernel"),
     ],
 )
-def test_what_a_row_refuses_is_said(name: str, asked: Problem, message: str) -> None:
+def test_what_a_row_refuses_is_said(name: str, asked: FlashProblem, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        flash_dispatch.choose(name, asked)
+        choose(name, asked)
 
 
 def test_the_interpreted_tpu_kernel_is_one_argument_away() -> None:
@@ -96,8 +97,8 @@ def test_the_interpreted_tpu_kernel_is_one_argument_away() -> None:
 def test_compiling_for_an_absent_tpu_counts_as_tpu() -> None:
     device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert flash_dispatch.target() == TPU
-    assert flash_dispatch.target().platform == "cpu"
+        assert dispatch.target() == TPU
+    assert dispatch.target().platform == "cpu"
 
 
 @pytest.mark.parametrize(
