@@ -1,21 +1,17 @@
-"""Rotary position embedding: frequencies (plain and YaRN), rotation, and the permutation between the two row orders.
+"""Rotary position embedding: frequencies (plain and YaRN) and rotation. The order of rows in files is row_order's.
 
-In memory the pairs that turn together are (i, i + H/2), as in transformers' checkpoints; mistral-layout files pair
-adjacent rows.
+In memory the pairs that turn together are (i, i + H/2), as in transformers' checkpoints.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .config import RopeConfig, YarnConfig
-
-AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float[np.ndarray, "half"]:
@@ -58,18 +54,3 @@ def apply_rope(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def half_split_rows(rows: AnyArray, n_heads: int) -> AnyArray:
-    """Rows of q or k from mistral order (pairs adjacent) to memory order: row `2j + c` of a head becomes `c * H/2 + j`.
-
-    Applies along the first axis to anything that has one entry per output row: weights, LoRA B, scales.
-    """
-    heads = rows.reshape(n_heads, -1, 2, *rows.shape[1:])  # [heads, H/2, 2, ...]
-    return heads.swapaxes(1, 2).reshape(rows.shape)
-
-
-def interleaved_rows(rows: AnyArray, n_heads: int) -> AnyArray:
-    """The inverse of `half_split_rows`: memory order back to mistral order."""
-    heads = rows.reshape(n_heads, 2, -1, *rows.shape[1:])  # [heads, 2, H/2, ...]
-    return heads.swapaxes(1, 2).reshape(rows.shape)

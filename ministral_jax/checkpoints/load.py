@@ -19,7 +19,7 @@ from ..config import ModelConfig, Window
 from ..config_files import CONFIG_FILE_NAMES, detect_layout, read_config
 from ..errors import CheckpointError, ConfigError
 from ..parameters import ParameterSpec, fill, parameter_specs
-from ..rope import half_split_rows
+from ..row_order import half_split_rows
 from ..transformer import Transformer, refuse_missing_layers
 from .hub import resolve
 from .json_pieces import shown

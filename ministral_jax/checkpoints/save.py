@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..config_files import CONFIG_FILE_NAMES, Layout, write_config_json, write_params_json
-from ..rope import interleaved_rows
+from ..row_order import interleaved_rows
 from .layouts import HEAD, HF_HEADS, hf_name, mistral_source
 from .safetensors_writer import TensorSpec, write_sharded
 from .weight_files import STEMS, is_weight_file

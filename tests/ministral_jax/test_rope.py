@@ -8,7 +8,8 @@ import pytest
 
 from ministral_jax.config import RopeConfig, YarnConfig
 from ministral_jax.norm import rms_norm
-from ministral_jax.rope import apply_rope, half_split_rows, interleaved_rows, inverse_frequencies, rotation
+from ministral_jax.rope import apply_rope, inverse_frequencies, rotation
+from ministral_jax.row_order import half_split_rows, interleaved_rows
 
 # Of the published models, computed apart from this project: frequencies 0, 1, low, middle and high of the ramp, last.
 YARN = [

@@ -25,7 +25,7 @@ from ministral_jax.config import ModelConfig
 from ministral_jax.config_files import write_config_json, write_params_json
 from ministral_jax.errors import ConfigError, NotYetError
 from ministral_jax.parameters import parameter_specs, parameters
-from ministral_jax.rope import interleaved_rows
+from ministral_jax.row_order import interleaved_rows
 from ministral_jax.transformer import Transformer
 from tests.checkpoint_files import KINDS, layout_tensors, tiny_config, write_tiny_checkpoint
 
