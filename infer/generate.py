@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from ministral_jax.cache import CachePlan, PagedBatch, PagedCache, allocate_cache, plan_cache
+from ministral_jax.config import CACHE_DTYPES
 from ministral_jax.errors import RequestError
 from ministral_jax.tokenizer import TextStream, Tokenizer
 from ministral_jax.transformer import Transformer
@@ -77,6 +78,7 @@ class Generator:
       max_length: longest prompt plus answer, in tokens; None for what the model was published for.
       page_size: tokens of a cache page.
       prefill_chunk: prompt tokens of one call; a power of two.
+      cache_dtype: of keys and values, one of ministral_jax.config.CACHE_DTYPES; None for that of the model.
 
     `timing` describes the last run, `cache_plan` and `cache_bytes` the cache it used, as planned and as allocated.
     """
@@ -89,6 +91,7 @@ class Generator:
         max_length: int | None = None,
         page_size: int = PAGE_SIZE,
         prefill_chunk: int = PREFILL_CHUNK,
+        cache_dtype: str | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_length = min(max_length or model.config.max_length, model.config.max_length)
@@ -96,6 +99,7 @@ class Generator:
         graph, self._weights = nnx.split(model)
         self._steps: Steps = compiled_steps(graph)
         self.dtype = model.norm.weight[...].dtype
+        self.cache_dtype = self.dtype if cache_dtype is None else _cache_dtype(cache_dtype)
         self._kept: tuple[CachePlan, PagedCache] | None = None
         self.timing = Timing()
         self.cache_plan: CachePlan | None = None
@@ -239,7 +243,7 @@ class Generator:
             length=length,
             chunk=max(self.prefill_chunk, MAX_STEPS),
             page_size=self.page_size,
-            dtype=self.dtype,
+            dtype=self.cache_dtype,
         )
         padded = params + [SamplingParams(seed=0)] * spare
         stop_ids = [self._stop_ids(p) for p in params]
@@ -277,7 +281,7 @@ class Generator:
             return kept[1]
         del kept
         self.cache_plan = plan
-        cache = allocate_cache(self.model.config, plan, self.dtype)
+        cache = allocate_cache(self.model.config, plan, self.cache_dtype)
         self.cache_bytes = cache.n_bytes
         return cache
 
@@ -352,6 +356,12 @@ class Generator:
     def _page_tables(run: _Run) -> tuple[jax.Array, ...]:
         # A copy: the host goes on changing its tables while the device may still read these.
         return tuple(jnp.asarray(table.copy()) for table in run.tables.tables)
+
+
+def _cache_dtype(name: str) -> jnp.dtype:
+    if name not in CACHE_DTYPES:
+        raise RequestError(f"cache dtype {name!r}: expected one of {', '.join(CACHE_DTYPES)}")
+    return jnp.dtype(name)
 
 
 def _bucket(n: int, least: int) -> int:

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 
+# What keys and values may be kept as; float8 halves a bfloat16 cache and rounds them to 3 bits of mantissa.
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+
 Window = int | None
 
 
@@ -183,7 +186,7 @@ class VisionConfig:
         return self.dim // self.n_heads
 
 
-QuantizationFormat = Literal["fp8_tensor", "fp8_block", "int8_channel", "nvfp4"]
+QuantizationFormat = Literal["fp8_tensor", "fp8_channel", "fp8_block", "int8_channel", "nvfp4", "nf4"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from ..config import CACHE_DTYPES
 from ..errors import RequestError
 from .failures import UsageError
 
@@ -56,6 +57,16 @@ def add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
             metavar="N",
             help="longest sequence in tokens, prompt and answer (default: what the model was published for)",
         )
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """How keys and values are kept while generating."""
+    parser.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        metavar="D",
+        help=f"of keys and values: {', '.join(CACHE_DTYPES)} (default: that of the model)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MinistralError
-from .arguments import Commands, add_model, add_sampling, new_command, sampling_params
+from .arguments import Commands, add_cache, add_model, add_sampling, new_command, sampling_params
 from .models import open_model
 from .output import note, note_to_people, waiting, write, write_json
 from .texts import read_text
@@ -46,6 +46,7 @@ def add_command(commands: Commands) -> None:
     group.add_argument("--system", metavar="TEXT", help="the system prompt")
     group.add_argument("--tools", metavar="FILE", help="a JSON list of tools the model may call")
     group.add_argument("--json", action="store_true", help="for one turn: one JSON document on stdout")
+    add_cache(parser)
     add_sampling(parser)
 
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     tools = None if arguments.tools is None else _read_tools(Path(arguments.tools))
     params = sampling_params(arguments)
     opened = open_model(arguments, tokenizer="needed")
-    generator = opened.generator(arguments.max_length)
+    generator = opened.generator(arguments.max_length, arguments.cache_dtype)
     session = ChatSession(generator, system=arguments.system, tools=tools, params=params)
     if arguments.prompt is None and sys.stdin.isatty() and not arguments.json:
         _converse(session)

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Commands, add_model, add_sampling, new_command, sampling_params, token_ids, whole
+from .arguments import Commands, add_cache, add_model, add_sampling, new_command, sampling_params, token_ids, whole
 from .failures import UsageError
 from .models import OpenModel, open_model
 from .output import note_to_people, waiting, write, write_json
@@ -46,6 +46,7 @@ def add_command(commands: Commands) -> None:
         "--ids", action="append", type=token_ids, metavar="A,B,C", help="token ids to continue; several make a batch"
     )
     what.add_argument("--ids-file", metavar="FILE", help="a line of token ids per prompt, or JSON lists of them")
+    add_cache(parser)
     add_sampling(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument(
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     opened = open_model(arguments, tokenizer="needed" if ids is None else "if there")
     params = sampling_params(arguments, logprobs=arguments.logprobs)
     prompts = ids if ids is not None else [_encode(opened, text) for text in arguments.prompt]
-    generator = opened.generator(arguments.max_length)
+    generator = opened.generator(arguments.max_length, arguments.cache_dtype)
     if len(prompts) == 1 and not arguments.json:
         _stream(generator, prompts[0], params)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError, NotYetError, RequestError
-from .arguments import Commands, add_model, new_command, positive
+from .arguments import Commands, add_cache, add_model, new_command, positive
 from .models import parse_windows
 from .output import write, write_json
 
@@ -66,6 +66,7 @@ def add_command(commands: Commands) -> None:
         "--context", type=positive, metavar="N", help="tokens of a sequence (default: what the model was published for)"
     )
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
+    add_cache(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError(f"--context {arguments.context}: expected at most {subject.config.max_length}, the model's")
     files = None if subject.folder is None else _report_files(subject.folder, subject.config)
     dtype = _choose_dtype(arguments.dtype, files)
-    plan = plan_memory(subject.config, length=arguments.context, batch=arguments.batch, cache_dtype=dtype)
+    cache_dtype = arguments.cache_dtype or dtype
+    plan = plan_memory(subject.config, length=arguments.context, batch=arguments.batch, cache_dtype=cache_dtype)
     if arguments.json:
         write_json(_document(subject, files, dtype, plan))
     else:

@@ -36,11 +36,11 @@ class OpenModel:
             raise MinistralError(f"{self.folder}: no tokenizer file, which text needs; give token ids with --ids")
         return self.tokenizer
 
-    def generator(self, max_length: int | None = None) -> Generator:
-        """A Generator over the model, for sequences of up to `max_length` tokens."""
+    def generator(self, max_length: int | None = None, cache_dtype: str | None = None) -> Generator:
+        """A Generator over the model, for sequences of up to `max_length` tokens; None is the model's own."""
         from infer.generate import Generator
 
-        return Generator(self.model, self.tokenizer, max_length=max_length)
+        return Generator(self.model, self.tokenizer, max_length=max_length, cache_dtype=cache_dtype)
 
 
 def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse) -> OpenModel:

@@ -154,6 +154,25 @@ def test_the_cache_of_a_windowed_layer_holds_its_window(generator: Generator, gr
     assert (full.pages, windowed.pages) == (4 * 32 + 1, 4 * 18 + 1)  # 6 - 1 + 64 tokens touch at most 18 pages of 4
 
 
+def test_a_float8_cache_is_a_quarter_as_large_and_answers_nearly_the_same(
+    generator: Generator, greedy: list[Completion]
+) -> None:
+    """Given the same tokens, log-probabilities move a little, as they must where keys and values are rounded."""
+    small = Generator(tiny_model(), page_size=4, prefill_chunk=16, cache_dtype="float8_e4m3fn")
+    first = SamplingParams(max_tokens=1, logprobs=0)
+    exact = generator.generate([PROMPTS[0]], first)[0].logprobs[0].logprob
+    rounded = small.generate([PROMPTS[0]], first)[0].logprobs[0].logprob
+    assert 0 < abs(exact - rounded) < 1.0
+    generator.generate(PROMPTS, first)
+    small.generate(PROMPTS, first)
+    assert 4 * small.cache_bytes == generator.cache_bytes
+
+
+def test_a_cache_dtype_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(RequestError, match="cache dtype 'int4': expected one of float32, bfloat16"):
+        Generator(tiny_model(), cache_dtype="int4")
+
+
 REFUSED: list[tuple[Any, SamplingParams | list[SamplingParams], str]] = [
     ([[]], SamplingParams(), "prompt 0 is empty: expected at least one token"),
     ([[1], [1, 314]], SamplingParams(), "prompt 1 has token id 314: expected 0 to 313"),

@@ -205,6 +205,64 @@ def test_bfloat16_pools_give_bfloat16_results_within_rounding() -> None:
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=2**-7 * float(np.abs(exact).max()))
 
 
+def quantised(pool: np.ndarray, scale: np.ndarray, dtype: Any) -> tuple[jax.Array, np.ndarray]:
+    """The pool as `write_pages` stores it, garbage included, and what its entries stand for."""
+    flat = jnp.asarray(pool.reshape(-1, *pool.shape[2:]))
+    slots = jnp.arange(len(flat), dtype=jnp.int32)
+    stored = write_pages(jnp.zeros(pool.shape, dtype), flat, slots, jnp.asarray(scale))
+    return stored, np.where(np.isnan(pool), np.nan, np.asarray(stored, np.float32) * scale[:, None])
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_8_bit_pools_stand_for_their_entries_times_the_scale_of_the_head(
+    dtype: Any, implementation: Implementation
+) -> None:
+    call = Case((30, 12, 0, 17), (9, 1, 0, 1), 1, 4, 3, 2, 8, 8, 6).call()
+    k_scale, v_scale = np.array([0.01, 0.03, 0.05], np.float32), np.array([0.05, 0.02, 0.04], np.float32)
+    k_pages, keys = quantised(call.k_pages, k_scale, dtype)
+    v_pages, values = quantised(call.v_pages, v_scale, dtype)
+    assert len(np.unique(np.asarray(k_pages, np.float32))) > 60  # the scales leave no entry at zero or at the limit
+    stored = (call.q, k_pages, v_pages, *call[3:])
+    options: dict[str, Any] = {"window": 6, "return_lse": True, "implementation": implementation}
+    scales = {"k_scale": jnp.asarray(k_scale), "v_scale": jnp.asarray(v_scale)}
+    got = paged_attention(*map(jnp.asarray, stored), **scales, **options)
+    expected = run(6, "reference", call._replace(k_pages=keys, v_pages=values))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_what_an_8_bit_pool_cannot_hold_is_held_to_its_largest_number(dtype: Any) -> None:
+    top = float(jnp.iinfo(dtype).max if dtype == jnp.int8 else jnp.finfo(dtype).max)
+    new = jnp.array([[[1e9]], [[-1e9]], [[0.26]], [[-0.24]]])
+    written = write_pages(jnp.zeros((1, 4, 1, 1), dtype), new, jnp.arange(4, dtype=jnp.int32), jnp.array([0.5]))
+    expected = [top, -top, 1.0, 0.0] if dtype == jnp.int8 else [top, -top, 0.52, -0.48]
+    np.testing.assert_allclose(np.asarray(written, np.float32).ravel(), expected, rtol=2**-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_latent_values_are_the_first_columns_of_the_keys(implementation: Implementation) -> None:
+    """Absorbed latent attention: all query heads share one key head, whose first columns are its values."""
+    case = Case((30, 12), (9, 1), 1, 4, 1, 4, 8, 2, 7)
+    call = case.call()
+    sequences = [(keys, keys[..., :5]) for keys, _ in case.sequences()]
+    expected = naive_paged(call.q, sequences, list(case.counts), window=7, scale=0.3)
+    arrays = [jnp.asarray(array) for array in (call.q, call.k_pages, *call[3:])]
+    got = paged_attention(
+        *arrays[:2],
+        None,
+        *arrays[2:],
+        window=7,
+        scale=0.3,
+        value_width=5,
+        return_lse=True,
+        implementation=implementation,
+    )
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
 jitted_slots = jax.jit(token_slots, static_argnums=(3, 4, 5), compiler_options=QUICK)
 
 
@@ -248,14 +306,28 @@ def arguments(**changed: tuple[int, ...]) -> list[Any]:
     return arrays + [jnp.zeros(changed.get(name, shape), jnp.int32) for name, shape in ints.items()]
 
 
+def latent_arguments() -> list[Any]:
+    q, k_pages, _, *rest = arguments()
+    return [q, k_pages, None, *rest]
+
+
 @pytest.mark.parametrize(
     ("arrays", "options", "message"),
     [
         (arguments(), {"window": 0}, "window=0: expected None or at least 1"),
         (arguments(q=(3, 5, 8)), {}, "q has 5 heads, k has 2"),
         (arguments(query_starts=(2,)), {}, "query_starts has 2 entries, expected 3"),
+        (arguments(lengths=(3,)), {}, "lengths has 3 entries, the page table 2 sequences"),
+        (arguments(k_pages=(5, 2, 2, 4)), {}, "k_pages has head width 4, q has 8"),
+        (arguments(v_pages=(5, 4, 2, 8)), {}, r"v_pages is \(5, 4, 2\) and k_pages \(5, 2, 2\)"),
+        (arguments(), {"k_scale": jnp.ones(3)}, r"k_scale is \(3,\), expected one number per key head \(2,\)"),
+        (arguments(), {"value_width": 4}, "value_width=4 with v_pages: expected None"),
+        (latent_arguments(), {}, "value_width=None without v_pages: expected 1 to 8"),
+        (latent_arguments(), {"value_width": 4, "v_scale": jnp.ones(2)}, "v_scale is given without v_pages"),
+        (arguments(), {"implementation": "cudnn"}, "implementation='cudnn': expected one of auto, reference, xla"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arrays: Any, options: dict[str, Any], message: str) -> None:
+    unchecked = getattr(paged_attention, "__wrapped__", paged_attention)
     with pytest.raises(ValueError, match=message):
-        paged_attention(*arrays, **options)
+        unchecked(*arrays, **options)
