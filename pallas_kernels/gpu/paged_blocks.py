@@ -1,0 +1,182 @@
+"""Key and value blocks of a paged cache in shared memory: loaded by pages, widened to 16 bits, cleared of strangers.
+
+What the kernel of paged_attention does with memory, and nothing of attention.
+"""
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .extent import Steps
+from .tensor_core import WGMMA
+from .tiles import ROWS_EACH
+
+
+class Blocks(NamedTuple):
+    """A ring of loaded blocks and its barriers. The wide buffers exist where pools have 8 bits: one block each."""
+
+    k: Any  # [stages, block, H], as the pool holds it
+    v: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+    wide_k: Any  # [block, H], 16 bits
+    wide_v: Any
+    v_clear: Any  # rows that no query may see are zero; None where one consumer has the block to itself
+
+    @property
+    def stages(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def block(self) -> int:
+        return self.k.shape[1]
+
+    def slot(self, i: Array) -> Array:
+        return lax.rem(i, jnp.int32(self.stages))
+
+
+class Seen(NamedTuple):
+    """The positions that any query of a tile sees: all others may hold anything, NaN included."""
+
+    first: Array
+    last: Array
+
+
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory [..., rows, width] in tiles of 8 rows, with the widest swizzle whose tile divides the row."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(bytes_ for bytes_ in (128, 64, 32) if shape[-1] * itemsize % bytes_ == 0)
+    return plgpu.SMEM(
+        shape,
+        dtype,
+        transforms=(plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)),
+    )
+
+
+def copies_per_block(block: int, page: int) -> int:
+    """How many runs of one page a block consists of."""
+    return max(block // page, 1)
+
+
+def load_pages(blocks: Blocks, keys: Any, values: Any, entries: Any, head: Array, steps: Steps) -> None:
+    """The producer: blocks of all steps from the newest to the oldest, as slots become free.
+
+    `keys` and `values` are pools [P, page, K, width], `entries` the pages of this sequence. A block past the end of the
+    table repeats the last entry: it is never seen.
+    """
+    block, page = blocks.block, keys.shape[1]
+    rows = min(block, page)
+    count = steps.stop - steps.start
+
+    @pl.loop(jnp.int32(0), count)
+    def load(i: Array) -> None:
+        slot = blocks.slot(i)
+        starts = [(steps.stop - 1 - i) * block + j * rows for j in range(copies_per_block(block, page))]
+        last = jnp.int32(entries.shape[0] - 1)
+        pages = [entries[jnp.minimum(lax.div(start, jnp.int32(page)), last)] for start in starts]
+        for source, target, full, free in (
+            (keys, blocks.k, blocks.k_full, blocks.k_free),
+            (values, blocks.v, blocks.v_full, blocks.v_free),
+        ):
+            pl.when(i >= blocks.stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            for j, (start, number) in enumerate(zip(starts, pages, strict=True)):
+                within = pl.ds(lax.rem(start, jnp.int32(page)), rows) if page > rows else slice(None)
+                plgpu.copy_gmem_to_smem(
+                    source.at[number, within, head], target.at[slot, pl.ds(j * rows, rows)], full.at[slot]
+                )
+
+    @pl.loop(jnp.maximum(count - blocks.stages, 0), count)
+    def drain(i: Array) -> None:
+        plgpu.barrier_wait(blocks.k_free.at[blocks.slot(i)])
+        plgpu.barrier_wait(blocks.v_free.at[blocks.slot(i)])
+
+
+def key_operand(blocks: Blocks, i: Array) -> Any:
+    """The keys of step i, 16 bits wide, once `await_keys` has returned."""
+    return blocks.k.at[blocks.slot(i)] if blocks.wide_k is None else blocks.wide_k
+
+
+def value_operand(blocks: Blocks, i: Array) -> Any:
+    """The values of step i, 16 bits wide, once `await_values` has returned."""
+    return blocks.v.at[blocks.slot(i)] if blocks.wide_v is None else blocks.wide_v
+
+
+def await_keys(blocks: Blocks, i: Array) -> None:
+    """Returns when the keys of step i can be multiplied. Those of step i - 1 must be done with."""
+    _await(blocks.k, blocks.wide_k, blocks.k_full, blocks.k_free, blocks.slot(i))
+
+
+def await_values(blocks: Blocks, i: Array) -> None:
+    """Returns when the values of step i can be multiplied. Those of step i - 1 must be done with."""
+    _await(blocks.v, blocks.wide_v, blocks.v_full, blocks.v_free, blocks.slot(i))
+
+
+def release_keys(blocks: Blocks, i: Array) -> None:
+    """Step i is done with its keys. Blocks that were widened were released at once."""
+    if blocks.wide_k is None:
+        plgpu.barrier_arrive(blocks.k_free.at[blocks.slot(i)])
+
+
+def release_values(blocks: Blocks, i: Array) -> None:
+    """Step i is done with its values."""
+    if blocks.wide_v is None:
+        plgpu.barrier_arrive(blocks.v_free.at[blocks.slot(i)])
+
+
+def _await(narrow: Any, wide: Any, full: Any, free: Any, slot: Array) -> None:
+    plgpu.barrier_wait(full.at[slot])
+    if wide is None:
+        return
+    for start in range(0, wide.shape[0], ROWS_EACH):
+        rows = pl.ds(start, ROWS_EACH)
+        wide[rows] = _widened(plgpu.load(narrow.at[slot, rows], layout=WGMMA, optimized=False), wide.dtype)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(free.at[slot])
+
+
+def _widened(numbers: Array, dtype: Any) -> Array:
+    """Exact: the processor turns e4m3 into float16 only, and float16 holds all of it."""
+    if jnp.issubdtype(numbers.dtype, jnp.floating):
+        numbers = numbers.astype(jnp.float16).astype(jnp.float32)
+    return numbers.astype(dtype)
+
+
+def clear_strangers(blocks: Blocks, i: Array, start: Array, seen: Seen, me: Array) -> None:
+    """Zeros in those value rows of step i, at positions from `start` on, that no query of the tile sees.
+
+    Their weights are zero, but a product of zero and NaN is NaN. Consumers share the rows and wait for each other.
+    """
+    values = value_operand(blocks, i)
+    block = blocks.block
+
+    @pl.when((start < seen.first) | (start + (block - 1) > seen.last))
+    def clear() -> None:
+        for piece in range(block // ROWS_EACH):
+            clear_piece = functools.partial(
+                _clear_rows, values.at[pl.ds(piece * ROWS_EACH, ROWS_EACH)], start + piece * ROWS_EACH, seen
+            )
+            if blocks.v_clear is None:
+                clear_piece()
+            else:
+                pl.when(me == piece)(clear_piece)
+        plgpu.commit_smem()
+        if blocks.v_clear is not None:
+            plgpu.barrier_arrive(blocks.v_clear)
+            plgpu.barrier_wait(blocks.v_clear)
+
+
+def _clear_rows(rows: Any, start: Array, seen: Seen) -> None:
+    position = plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=WGMMA)
+    keep = (position >= seen.first - start) & (position <= seen.last - start)
+    values = plgpu.load(rows, layout=WGMMA, optimized=False)
+    rows[...] = jnp.where(keep, values, jnp.zeros_like(values))

@@ -1,0 +1,101 @@
+"""How paged_attention is cut up on Hopper: tiles of queries, blocks of keys, splits. Numbers, no kernels.
+
+Everything here is decided from shapes before a program is compiled; lengths are known only when it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .tiles import LINE, ROWS_EACH, SHARED_MEMORY_LIMIT
+
+MULTIPROCESSORS = 132  # of an H100 SXM or H200
+FULL_ENOUGH = 0.8  # tiles per multiprocessor from which on keys are not split
+EFFICIENT = 0.85  # of the best share of busy multiprocessors, where keys are split
+MOST_STAGES = {1: 3, 2: 2}  # by consumers
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedPlan:
+    """Static facts of one call.
+
+    Attributes:
+      window: keys a query sees, itself included; None for all before it.
+      group: query heads per key head.
+      consumers: warpgroups that multiply, 64 rows each.
+      tokens: query tokens of a tile.
+      rows: `tokens * group`, up to whole eights: the rows of a tile in memory.
+      block, stages: keys of one loaded block, and how many blocks are in flight.
+      splits: parts that the keys of a tile are cut into.
+    """
+
+    window: int | None
+    group: int
+    consumers: int
+    tokens: int
+    rows: int
+    block: int
+    stages: int
+    splits: int
+
+    def bytes_needed(self, width: int, value_width: int, pool_bytes: int) -> int:
+        """Shared memory of one tile: queries or outputs, the ring, widened blocks, row values and barriers."""
+        out_bytes = 2 if self.splits == 1 else 4
+        resident = self.consumers * ROWS_EACH * max(2 * width, out_bytes * value_width)
+        both = self.block * (width + value_width)
+        widened = 2 * both if pool_bytes == 1 else 0
+        return resident + self.stages * both * pool_bytes + widened + 2 * LINE
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The shapes that a plan follows from."""
+
+    tokens: int
+    sequences: int
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    page: int
+    positions: int  # that a page table has room for
+    pool_bytes: int
+
+
+def plan_for(sizes: Sizes, window: int | None) -> PagedPlan:
+    """The plan of a call. Pools of 8 bits are served by one consumer, which widens the blocks for itself."""
+    group = sizes.heads // sizes.kv_heads
+    share = max(sizes.tokens // max(sizes.sequences, 1), 1)  # tokens of a sequence, if all have the same
+    consumers = 1 if sizes.pool_bytes == 1 or share * group <= ROWS_EACH else 2
+    most = consumers * ROWS_EACH // group
+    tokens = min(1 << (share - 1).bit_length(), most)
+    rows = -(-tokens * group // 8) * 8 if consumers == 1 else consumers * ROWS_EACH
+    block = 128 if consumers == 2 and sizes.width + sizes.value_width <= 256 else 64
+    reach = sizes.positions if window is None else min(sizes.positions, window + tokens + block)
+    splits = split_count(tile_count(sizes.tokens, sizes.sequences, tokens) * sizes.kv_heads, -(-reach // block))
+    whole = PagedPlan(window, group, consumers, tokens, rows, block, MOST_STAGES[consumers], 1)
+    plans = [dataclasses.replace(whole, splits=splits, stages=stages) for stages in range(whole.stages, 1, -1)]
+    plans += [dataclasses.replace(whole, stages=stages) for stages in range(whole.stages, 0, -1)]
+    return next(
+        plan
+        for plan in plans
+        if plan.bytes_needed(sizes.width, sizes.value_width, sizes.pool_bytes) <= SHARED_MEMORY_LIMIT
+    )
+
+
+def tile_count(tokens: int, sequences: int, tile: int) -> int:
+    """The most tiles of `tile` tokens that any split of `tokens` rows over the sequences can need."""
+    return tokens if tile == 1 else tokens // tile + min(sequences, tokens)
+
+
+def split_count(tiles: int, blocks: int) -> int:
+    """Parts to cut the keys into: one where the tiles fill the chip, else the fewest that fill it well enough."""
+    if tiles >= FULL_ENOUGH * MULTIPROCESSORS:
+        return 1
+    filled = {splits: _filled(tiles * splits) for splits in range(1, max(min(blocks, MULTIPROCESSORS), 1) + 1)}
+    return next(splits for splits, share in filled.items() if share >= EFFICIENT * max(filled.values()))
+
+
+def _filled(work: int) -> float:
+    """The share of multiprocessors at work, over all waves of equal pieces."""
+    return work / (-(-work // MULTIPROCESSORS) * MULTIPROCESSORS)
