@@ -71,8 +71,8 @@ class Transformer(nnx.Module):
         refuse_missing_layers(config)
         self.config = config
         self.attention_implementation: Implementation = attention
-        # Of the kernels, only these two have a paged counterpart; the others leave the choice to it.
-        self.paged_implementation: PagedImplementation = attention if attention in ("reference", "xla") else "auto"
+        # cuDNN has no paged counterpart here: the choice is left to paged_attention.
+        self.paged_implementation: PagedImplementation = "auto" if attention == "cudnn" else attention
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, dtype)
         self.layers = nnx.List([Block(config, dtype) for _ in range(config.n_layers)])
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
@@ -154,8 +154,3 @@ def refuse_missing_layers(config: ModelConfig) -> None:
         raise NotYetError("this model has latent attention, whose layers are not built yet")
     if config.moe is not None:
         raise NotYetError("this model is a mixture of experts, whose layers are not built yet")
-    if config.quantization is not None:
-        raise NotYetError(
-            f"these weights are quantised ({config.quantization.format}), which is not computed yet: "
-            "use the bfloat16 checkpoint"
-        )

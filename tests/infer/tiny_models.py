@@ -10,12 +10,13 @@ import numpy as np
 from ministral_jax.config import ModelConfig, RopeConfig, TemperatureConfig
 from ministral_jax.parameters import initialize
 from ministral_jax.transformer import Transformer
+from pallas_kernels.flash_attention import Implementation
 
 MAX_LENGTH = 128
 
 
 @functools.cache
-def tiny_model(vocab_size: int = 314) -> Transformer:
+def tiny_model(vocab_size: int = 314, attention: Implementation = "auto") -> Transformer:
     """Two layers, the second with a window of 6, and weights so wide that no answer is near a tie."""
     config = ModelConfig(
         dim=16,
@@ -31,7 +32,7 @@ def tiny_model(vocab_size: int = 314) -> Transformer:
         max_length=MAX_LENGTH,
         temperature=TemperatureConfig(beta=0.3, original_length=16),
     )
-    return initialize(Transformer(config), jax.random.key(3), std=0.3)
+    return initialize(Transformer(config, attention=attention), jax.random.key(3), std=0.3)
 
 
 def random_prompts(*lengths: int, vocab_size: int = 314) -> list[list[int]]:
