@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .launch import BlockSpecs, kernel_cost
-from .tiles import Call, Scalars, dot, for_each_tile, rows_of, scores, tile_mask
+from .tiles import Call, Scalars, dot, for_each_tile, for_each_unit, rows_of, scores, tile_mask
 
 
 class Operands(NamedTuple):
@@ -50,12 +50,17 @@ def _dq_kernel(call: Call, *refs: Any) -> None:
         at = rows_of(call, tile)
         keys, values, key_columns = k_ref[at, :], v_ref[at, :], k_columns_ref[:, at]
         mask = tile_mask(call, scalars, i, j, tile, tuple(segments)) if masked else None
-        for g, lanes in call.units:
-            unit_mask = None if mask is None else mask[:, lanes]
-            probs = jnp.exp2(scores(call, keys, q_ref[g, lanes, :], unit_mask) - lse_ref[g, :, lanes])
-            d_probs = dot(values, d_out_ref[g, lanes, :], (1, 1))  # [keys, lanes]
-            d_scores = probs * (d_probs - delta_ref[g, :, lanes])
+
+        def products(g: int, lanes: slice) -> tuple[Array, Array]:
+            unit_scores = scores(call, keys, q_ref[g, lanes, :], None if mask is None else mask[:, lanes])
+            return unit_scores, dot(values, d_out_ref[g, lanes, :], (1, 1))  # [keys, lanes] both
+
+        def add(g: int, lanes: slice, ready: tuple[Array, Array]) -> None:
+            unit_scores, d_probs = ready
+            d_scores = jnp.exp2(unit_scores - lse_ref[g, :, lanes]) * (d_probs - delta_ref[g, :, lanes])
             acc_ref[g, :, lanes] += dot(key_columns, d_scores.astype(keys.dtype), (1, 0))  # [H, lanes]
+
+        for_each_unit(call, products, add)
 
     for_each_tile(call, scalars, batch, i, j, j < scalars.stop[row], one_tile)
 

@@ -17,13 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .launch import BlockSpecs, kernel_cost
-from .tiles import LOG2_E, Call, Scalars, dot, for_each_tile, rows_of, scores, tile_mask
+from .tiles import LOG2_E, Call, Scalars, dot, for_each_tile, for_each_unit, rows_of, scores, tile_mask
 
 # Where the running maximum starts: below any score, yet finite, so that a query that has seen nothing gives
 # exp2(-inf - LOWEST_TOP) = 0 and never NaN.
 LOWEST_TOP = -1e30
-# Units whose scores are asked of the matrix unit before the softmax of the current one: it then works during softmax.
-UNITS_AHEAD = 2
 
 
 def _forward_kernel(call: Call, *refs: Any) -> None:
@@ -49,11 +47,8 @@ def _forward_kernel(call: Call, *refs: Any) -> None:
         def scores_of(g: int, lanes: slice) -> Array:
             return scores(call, keys, q_ref[g, lanes, :], None if mask is None else mask[:, lanes])
 
-        ready = [scores_of(*unit) for unit in call.units[:UNITS_AHEAD]]
-        for n, (g, lanes) in enumerate(call.units):
-            if n + UNITS_AHEAD < len(call.units):
-                ready.append(scores_of(*call.units[n + UNITS_AHEAD]))
-            unit_scores, top = ready.pop(0), top_ref[g, :, lanes]  # [keys, lanes], [1, lanes]
+        def add(g: int, lanes: slice, unit_scores: Array) -> None:
+            top = top_ref[g, :, lanes]  # [1, lanes]; the scores are [keys, lanes]
             new_top = jnp.maximum(top, unit_scores.max(axis=0, keepdims=True))
             weights = jnp.exp2(unit_scores - new_top)
             decay = jnp.exp2(top - new_top)
@@ -61,6 +56,8 @@ def _forward_kernel(call: Call, *refs: Any) -> None:
             top_ref[g, :, lanes] = new_top
             total_ref[g, :, lanes] = total_ref[g, :, lanes] * decay + weights.sum(axis=0, keepdims=True)
             acc_ref[g, :, lanes] = acc_ref[g, :, lanes] * decay + mixed
+
+        for_each_unit(call, scores_of, add)
 
     for_each_tile(call, scalars, batch, i, j, j < scalars.stop[row], one_tile)
 

@@ -19,6 +19,8 @@ from ..visibility import key_block_bounds, visible
 from .block_bounds import Extent
 
 LOG2_E = 1.4426950408889634
+# Queries whose products are asked of the matrix unit before the arithmetic of the current unit, so that both work.
+QUERIES_AHEAD = 256
 
 
 class Call(NamedTuple):
@@ -123,6 +125,15 @@ def for_each_tile(
         pl.when(masked)(lambda: compute(tile, True))
 
     jax.lax.fori_loop(low, high, one_tile, None)
+
+
+def for_each_unit(call: Call, issue: Callable[[int, slice], Any], finish: Callable[[int, slice, Any], None]) -> None:
+    """Calls `finish(head, lanes, issued)` for every unit of a query block, its products issued some units before."""
+    ahead = max(QUERIES_AHEAD // call.lanes, 1)
+    ready = [issue(*unit) for unit in call.units[:ahead]]
+    for n, unit in enumerate(call.units):
+        ready += [issue(*later) for later in call.units[n + ahead : n + ahead + 1]]
+        finish(*unit, ready.pop(0))
 
 
 def _query_span(call: Call, scalars: Scalars, query_block: Array) -> tuple[Array, Array]:
