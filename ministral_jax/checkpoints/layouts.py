@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..config import ModelConfig
 from ..config_files.layout import Layout
+from ..quantization import LinearFormat
 
 EMBEDDINGS = "tok_embeddings.weight"
 HEAD = "output.weight"
@@ -20,7 +21,7 @@ HEAD = "output.weight"
 HF_PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 HF_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
-_HF_PARTS = {
+HF_PARTS = {
     "tok_embeddings": "embed_tokens",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -58,7 +59,8 @@ class ReadPlan:
     """Where each parameter but the output head lies, and what is odd about the tensors that were found.
 
     `head` is the output head's own tensor, if there is one. `missing` tensors are expected and not found, `extra` ones
-    are found and in no model of this config, `unread` counts those that a text model leaves alone, by kind.
+    are found and in no model of this config, `unread` counts those that a text model leaves alone, by kind. `formats`
+    has the projections that are quantised, whose parts are among the sources in place of their weight.
     """
 
     sources: Mapping[str, Source]
@@ -66,13 +68,14 @@ class ReadPlan:
     missing: tuple[str, ...]
     extra: tuple[str, ...]
     unread: Mapping[str, int]
+    formats: Mapping[str, LinearFormat] = field(default_factory=dict)
 
 
 def hf_name(parameter: str, prefix: str = HF_PREFIXES[0]) -> str:
     """Name in the HF layout of anything but the output head, which is outside `prefix`."""
     layer, rest = re.fullmatch(r"(layers\.\d+\.)?(.*)", parameter).groups(default="")  # type: ignore[union-attr]
     part, suffix = rest.rsplit(".", 1)
-    return f"{prefix}{layer}{_HF_PARTS[part]}.{suffix}"
+    return f"{prefix}{layer}{HF_PARTS[part]}.{suffix}"
 
 
 def rotary_heads(parameter: str, config: ModelConfig) -> int | None:

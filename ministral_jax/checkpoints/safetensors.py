@@ -66,8 +66,13 @@ class SafetensorsFile:
         """The whole tensor, in fresh memory."""
         info = self.tensors[name]
         out = aligned_empty(info.shape, info.dtype)
-        self._read_into(name, info.begin, out)
+        self.read_into(name, 0, out)
         return out
+
+    def read_into(self, name: str, first: int, out: np.ndarray) -> None:
+        """Fills `out`, contiguous, with the bytes of the tensor from its element number `first` on."""
+        info = self.tensors[name]
+        self._read_bytes(name, info.begin + first * info.dtype.itemsize, out)
 
     def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
         """`tensor[index]` for slices of step 1, one per axis, in fresh memory; reads only the bytes of the slice."""
@@ -84,10 +89,10 @@ class SafetensorsFile:
         for place in np.ndindex(shape[:last_cut]):
             corner = [start + i for start, i in zip(starts, place, strict=False)] + starts[last_cut:]
             offset = sum(i * stride for i, stride in zip(corner, strides, strict=True))
-            self._read_into(name, info.begin + offset, out[(*place, ...)])
+            self._read_bytes(name, info.begin + offset, out[(*place, ...)])
         return out
 
-    def _read_into(self, name: str, begin: int, out: np.ndarray) -> None:
+    def _read_bytes(self, name: str, begin: int, out: np.ndarray) -> None:
         target = out.reshape(-1).view(np.uint8).data
         done = 0
         try:

@@ -38,7 +38,8 @@ def is_weight_file(name: str, layout: Layout) -> bool:
 class WeightFiles:
     """The weight files of one layout in a folder, opened: `tensors` by name over all of them. A context manager.
 
-    `source` is what to name in a message about all of them: the only file, their index, or the folder.
+    `source` is what to name in a message about all of them: the only file, their index, or the folder; `paths` are all
+    files that were opened, the index among them.
     Raises CheckpointError in one line for files that are missing, damaged, or at odds with each other or their index.
     """
 
@@ -48,6 +49,7 @@ class WeightFiles:
         self.tensors: dict[str, TensorInfo] = {}
         self._home: dict[str, SafetensorsFile] = {}
         paths, index = weight_paths(self.directory, layout)
+        self.paths = [*paths, index.path] if index else paths
         self.source = paths[0] if len(paths) == 1 else index.path if index else self.directory
         with contextlib.ExitStack() as opened:
             for path in paths:
@@ -74,6 +76,10 @@ class WeightFiles:
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in fresh memory."""
         return self._home[name].read(name)
+
+    def read_into(self, name: str, first: int, out: np.ndarray) -> None:
+        """Fills `out`, contiguous, with the bytes of the tensor from its element number `first` on."""
+        self._home[name].read_into(name, first, out)
 
     def read_slice(self, name: str, index: Sequence[slice]) -> np.ndarray:
         """`tensor[index]`, in fresh memory, reading only its bytes."""

@@ -1,0 +1,180 @@
+"""Opening a folder of any layout for conversion or comparison: model or adapter, safetensors or orbax."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from .. import catalog
+from ..config import ModelConfig
+from ..config_files import CONFIG_FILE_NAMES, config_from_params, detect_layout, read_config
+from ..config_files.json_file import read_json_object
+from ..errors import CheckpointError, ConfigError
+from .adapters import (
+    MISTRAL_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    AdapterSettings,
+    is_mistral_adapter,
+    is_peft,
+    read_peft,
+    require_rank,
+    settings_of_params,
+)
+from .canonical import Kind, Reader, Tensor, canonical_tensors
+from .manifest import MANIFEST, kept_documents
+from .orbax_folder import OrbaxReader, is_orbax
+from .safetensors import SafetensorsFile
+from .safetensors_header import TensorInfo
+from .weight_files import WeightFiles
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened folder: `tensors` by canonical name, in the order of the model; `dropped` are those that no conversion
+    carries, by kind. `config` is the model's, with an adapter its base's. A context manager.
+    """
+
+    folder: Path
+    kind: Kind
+    config: ModelConfig
+    reader: Reader
+    tensors: Mapping[str, Tensor]
+    dropped: Counter[str]
+    adapter: AdapterSettings | None = None
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether rotary rows lie in the mistral layout's order."""
+        return self.kind == "mistral"
+
+    @property
+    def config_paths(self) -> list[Path]:
+        """The files beside the weights that decide what is written."""
+        names = [*CONFIG_FILE_NAMES.values(), PEFT_CONFIG, MANIFEST]
+        return [self.folder / name for name in names if (self.folder / name).is_file()]
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.reader.close()
+
+
+class _OneFile:
+    """The reader of an adapter: a single safetensors file, whatever it is called."""
+
+    def __init__(self, path: Path) -> None:
+        self.paths = [path]
+        self._file = SafetensorsFile(path)
+        self.metadata = self._file.metadata
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._file.tensors
+
+    def path_of(self, name: str) -> Path:
+        return self.paths[0]
+
+    def read_into(self, name: str, first: int, out: np.ndarray) -> None:
+        self._file.read_into(name, first, out)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_checkpoint(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
+    """Opens the model or adapter in `folder`; reads headers and configs, no weights.
+
+    `base` is the folder or published name of the model that a PEFT adapter belongs to, where the adapter does not say.
+    Raises MinistralError in one line for files that are missing, damaged or do not fit each other.
+    """
+    folder = Path(folder)
+    if is_peft(folder):
+        return _open_peft(folder, base)
+    if is_mistral_adapter(folder):
+        return _open_mistral_adapter(folder)
+    config = _with_kept(read_config(folder), folder)
+    if is_orbax(folder):
+        return _opened(folder, "orbax", config, OrbaxReader(folder))
+    layout = detect_layout(folder)
+    return _opened(folder, layout, config, WeightFiles(folder, layout))
+
+
+def _opened(
+    folder: Path, kind: Kind, config: ModelConfig, reader: Reader, adapter: AdapterSettings | None = None
+) -> Checkpoint:
+    try:
+        tensors, dropped = canonical_tensors(reader, kind, config, adapter=adapter is not None)
+    except BaseException:
+        reader.close()
+        raise
+    return Checkpoint(folder, kind, config, reader, tensors, dropped, adapter)
+
+
+def _with_kept(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The config with the documents that an earlier conversion kept, under the one that is there now."""
+    return dataclasses.replace(config, extra={**kept_documents(folder), **config.extra})
+
+
+def _open_mistral_adapter(folder: Path) -> Checkpoint:
+    path = folder / CONFIG_FILE_NAMES["mistral"]
+    config = _with_kept(read_config(path), folder)
+    reader = _OneFile(folder / MISTRAL_FILE)
+    with contextlib.ExitStack() as on_error:
+        opened = on_error.enter_context(
+            _opened(folder, "mistral", config, reader, AdapterSettings(rank=1, scaling=1.0))
+        )
+        settings = settings_of_params(path, read_json_object(path), reader.metadata, min(_ranks(opened)))
+        require_rank(settings, _ranks(opened), reader.paths[0])
+        on_error.pop_all()
+    return dataclasses.replace(opened, adapter=settings)
+
+
+def _open_peft(folder: Path, base: str | Path | None) -> Checkpoint:
+    settings, document = read_peft(folder)
+    config = _with_kept(_base_config(folder, base or settings.base), folder)
+    config = dataclasses.replace(config, extra={**config.extra, "peft": document})
+    if not (folder / PEFT_FILE).is_file():
+        raise CheckpointError(f"{folder / PEFT_FILE}: no such file; expected the adapter's weights, in safetensors")
+    with contextlib.ExitStack() as on_error:
+        opened = on_error.enter_context(_opened(folder, "hf", config, _OneFile(folder / PEFT_FILE), settings))
+        require_rank(settings, _ranks(opened), folder / PEFT_FILE)
+        on_error.pop_all()
+    return opened
+
+
+def _base_config(folder: Path, base: str | Path | None) -> ModelConfig:
+    """Config of the model that the PEFT adapter in `folder` was trained on: a folder, a published name, or as kept."""
+    kept = kept_documents(folder).get("mistral")
+    if base is None and kept is None:
+        raise ConfigError(
+            f"{folder / PEFT_CONFIG}: base_model_name_or_path is missing; give the base model with --base, a folder or "
+            "a published name: the order of rows depends on its heads"
+        )
+    if base is not None and Path(base).expanduser().is_dir():
+        return read_config(Path(base).expanduser())
+    if kept is not None:
+        return config_from_params(kept)
+    try:
+        return catalog.find(str(base)).config
+    except ConfigError as problem:
+        raise ConfigError(
+            f"{folder / PEFT_CONFIG}: {problem}; give the base model with --base, a folder or a published name"
+        ) from None
+
+
+def _ranks(opened: Checkpoint) -> set[int]:
+    ranks = {tensor.shape[0] for tensor in opened.tensors.values() if tensor.name.leaf == "lora_A.weight"}
+    if not ranks:
+        raise CheckpointError(f"{opened.reader.paths[0]}: holds no tensors; expected the matrices of an adapter")
+    return ranks

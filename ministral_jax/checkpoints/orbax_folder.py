@@ -1,0 +1,144 @@
+"""Weights as orbax-checkpoint keeps them, in the folder `orbax` beside a config: written and read tensor by tensor.
+
+A tree by the parts of canonical names, rotary rows in memory order, as `ocp.StandardCheckpointer().restore` gives it.
+orbax is imported when something is written or opened; it is an optional dependency.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError
+from .json_pieces import shown
+from .safetensors_writer import TensorSpec
+
+FOLDER = "orbax"
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether the weights of `folder` are in an orbax folder."""
+    return (folder / FOLDER / "_CHECKPOINT_METADATA").is_file()
+
+
+@contextmanager
+def _named_errors(path: Path, doing: str) -> Iterator[None]:
+    """What orbax and tensorstore raise, of any type, as one line; our own errors pass."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ImportError as problem:
+        raise CheckpointError(
+            f"{path}: orbax-checkpoint is not installed ({problem.name}); expected ministral-jax[train]"
+        ) from None
+    except Exception as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise CheckpointError(f"{path}: cannot be {doing} by orbax ({type(problem).__name__}: {reason})") from problem
+
+
+class OrbaxReader:
+    """The tensors of an orbax folder by their dotted names; a run of elements reads the rows it lies in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = (folder / FOLDER).resolve()
+        self._open: tuple[str, Any] | None = None
+        with _named_errors(self._path, "read"):
+            import orbax.checkpoint as ocp
+
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                metadata: Any = checkpointer.metadata(self._path)
+                leaves = dict(_leaves(metadata.item_metadata.tree))
+            self.tensors: Mapping[str, TensorSpec] = {
+                name: TensorSpec(np.dtype(leaf.dtype), tuple(leaf.shape)) for name, leaf in leaves.items()
+            }
+
+    @property
+    def paths(self) -> list[Path]:
+        return sorted(path for path in self._path.rglob("*") if path.is_file())
+
+    def path_of(self, name: str) -> Path:
+        return self._path
+
+    def read_into(self, name: str, first: int, out: np.ndarray) -> None:
+        """Fills `out` with the elements from number `first` on."""
+        spec = self.tensors[name]
+        row = math.prod(spec.shape[1:])
+        begin, end = first // row, -(-(first + out.size) // row)
+        with _named_errors(self._path, "read"):
+            store = self._store(name)
+            values = np.asarray(store[begin:end].read().result() if spec.shape else store.read().result())
+        flat = values.reshape(-1)[first - begin * row :][: out.size]
+        if flat.size != out.size or flat.dtype != spec.dtype:
+            raise CheckpointError(f"{self._path}: tensor {shown(name)} is not what its metadata says; convert it again")
+        out[...] = flat.reshape(out.shape)
+
+    def close(self) -> None:
+        self._open = None
+
+    def _store(self, name: str) -> Any:
+        if self._open is None or self._open[0] != name:
+            import tensorstore
+
+            kvstore = {"driver": "ocdbt", "base": f"file://{self._path}/", "path": f"{name}/"}
+            self._open = name, tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+        return self._open[1]
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, (*path, str(key)))
+    else:
+        yield ".".join(path), tree
+
+
+class _Coming:
+    """A tensor that is made when orbax comes to write it."""
+
+    def __init__(self, spec: TensorSpec, make: Callable[[], np.ndarray]) -> None:
+        self.shape, self.dtype, self.make = spec.shape, spec.dtype, make
+        self.ndim, self.size, self.nbytes = len(spec.shape), math.prod(spec.shape), spec.n_bytes
+
+
+def write_orbax(folder: Path, specs: Mapping[str, TensorSpec], make: Callable[[str], np.ndarray]) -> None:
+    """Writes the tensors of `specs` into `folder/orbax`, asking `make(name)` for one when the one before is on disk."""
+    empty = next((name for name, spec in specs.items() if math.prod(spec.shape) == 0), None)
+    if empty is not None:
+        raise CheckpointError(f"{folder / FOLDER}: orbax keeps no empty tensor such as {shown(empty)}")
+    with _named_errors(folder / FOLDER, "written"):
+        import jax
+        import orbax.checkpoint as ocp
+
+        class OneByOne(ocp.type_handlers.NumpyHandler):
+            async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+                for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+                    for written in await super().serialize([value.make()], [info], [arg]):
+                        await asyncio.to_thread(written.result)
+                return []
+
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, ocp.type_handlers.ArrayHandler()), (_Coming, OneByOne(deepcopy_host_arrays=False))
+        )
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            tree = _tree({name: _Coming(spec, lambda name=name: make(name)) for name, spec in specs.items()})
+            checkpointer.save((folder / FOLDER).resolve(), ocp.args.PyTreeSave(tree))
+
+
+def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as nested objects."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *outer, last = name.split(".")
+        node = tree
+        for part in outer:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
