@@ -16,9 +16,11 @@ from .errors import RequestError
 _BYTES_PER_SCALE = 4
 _BLOCK = 128
 _NVFP4_GROUP = 16
+_NF4_BLOCK = 64
+_FOUR_BITS = ("nvfp4", "nf4")
 
 # Formats that a weight file may have, in the order a table shows them.
-WEIGHT_FORMATS = ("float32", "bfloat16", "int8_channel", "fp8_tensor", "fp8_block", "nvfp4")
+WEIGHT_FORMATS = ("float32", "bfloat16", "int8_channel", "fp8_tensor", "fp8_channel", "fp8_block", "nvfp4", "nf4")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class _Matrices:
         return self.count * (self._payload(weight_format) + self._scales(weight_format))
 
     def _payload(self, weight_format: str) -> int:
-        return self.rows * _ceil_div(self.columns, 2 if weight_format == "nvfp4" else 1)
+        return self.rows * _ceil_div(self.columns, 2 if weight_format in _FOUR_BITS else 1)
 
     def _scales(self, weight_format: str) -> int:
         if weight_format == "nvfp4":  # one byte for each group, one float32 for all
@@ -52,6 +54,8 @@ class _Matrices:
         scales = {
             "fp8_tensor": 1,
             "int8_channel": self.rows,
+            "fp8_channel": self.rows,
+            "nf4": self.rows * _ceil_div(self.columns, _NF4_BLOCK),
             "fp8_block": _ceil_div(self.rows, _BLOCK) * _ceil_div(self.columns, _BLOCK),
         }
         return _BYTES_PER_SCALE * scales[weight_format]

@@ -16,13 +16,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-Initializer = Literal["normal", "ones"]
+Initializer = Literal["normal", "ones", "stored"]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One weight: shape, a logical axis name per dimension, dtype, and how it is drawn when trained from scratch."""
+    """One weight: shape, a logical axis name per dimension, dtype, and how it is drawn when trained from scratch.
+
+    A "stored" one is never drawn: it is part of a quantised weight and comes from a file.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -78,6 +81,8 @@ def initialize(model: Module, key: jax.Array, *, std: float = 0.02) -> Module:
     def draw(name: str, spec: ParameterSpec) -> jax.Array:
         if spec.init == "ones":
             return jnp.ones(spec.shape, spec.dtype)
+        if spec.init == "stored":
+            raise ValueError(f"{name} is part of a quantised weight, which is never drawn: quantise a dense one")
         return (std * jax.random.normal(keys[name], spec.shape, jnp.float32)).astype(spec.dtype)
 
     return fill(model, draw)

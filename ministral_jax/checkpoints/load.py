@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -18,12 +18,14 @@ from pallas_kernels.flash_attention import Implementation
 from ..config import ModelConfig, Window
 from ..config_files import CONFIG_FILE_NAMES, detect_layout, read_config
 from ..errors import CheckpointError, ConfigError
+from ..linear import projections
 from ..parameters import ParameterSpec, fill, parameter_specs
 from ..row_order import half_split_rows
 from ..transformer import Transformer, refuse_missing_layers
 from .hub import resolve
 from .json_pieces import shown
 from .layouts import EMBEDDINGS, HEAD, ReadPlan, Source, plan_reading
+from .quantized import Activations, find_parts, without_companions
 from .safetensors import aligned_empty
 from .safetensors_header import DTYPE_NAMES
 from .weight_files import WeightFiles
@@ -45,13 +47,21 @@ def load(
     dtype: str | type | np.dtype | None = None,
     attention: Implementation = "auto",
     windows: str | Sequence[Window] | None = None,
+    activations: Activations | None = None,
     placement: Placement | None = None,
 ) -> Transformer:
     """The model in a folder, or of a hub id such as "mistralai/Ministral-8B-Instruct-2410", ready to run.
 
     `revision` is a branch, tag or commit of the hub. The rest is as in `load_model`.
     """
-    return load_model(resolve(model, revision), dtype=dtype, attention=attention, windows=windows, placement=placement)
+    return load_model(
+        resolve(model, revision),
+        dtype=dtype,
+        attention=attention,
+        windows=windows,
+        activations=activations,
+        placement=placement,
+    )
 
 
 def load_model(
@@ -60,22 +70,24 @@ def load_model(
     dtype: str | type | np.dtype | None = None,
     attention: Implementation = "auto",
     windows: str | Sequence[Window] | None = None,
+    activations: Activations | None = None,
     placement: Placement | None = None,
 ) -> Transformer:
     """Reads the checkpoint in `directory`, in either layout; its arrays own their memory.
 
     `dtype` None or "auto" is the checkpoint's on accelerators and float32 on CPU, where XLA rewrites narrower weights
     at every step. `attention` names the implementation of attention. `windows` replaces the config's: a name of
-    `catalog.WINDOW_PATTERNS`, or a list that is repeated over the layers. `placement(name, spec)` gives the sharding of
-    each parameter, and each device then reads only the bytes of its shard; without it everything goes to the default
-    device. Raises MinistralError in one line.
+    `catalog.WINDOW_PATTERNS`, or a list that is repeated over the layers. `activations` of quantised projections are
+    rounded as their format says (None); "quantized" insists on it, "plain" leaves them alone. `placement(name, spec)`
+    gives the sharding of each parameter, and each device then reads only the bytes of its shard; without it everything
+    goes to the default device. Raises MinistralError in one line.
     """
     folder = Path(directory)
     layout = detect_layout(folder)
     config = read_config(folder, windows=windows)
     refuse_missing_layers(config)  # before any file is opened
     with WeightFiles(folder, layout) as files:
-        plan = match_tensors(files, config)
+        plan = match_tensors(files, config, activations)
         if plan.unread:
             groups = ", ".join(f"{count} {group}" for group, count in plan.unread.items())
             logger.info("%s: tensors that the text model does not read: %s", folder, groups)
@@ -83,12 +95,15 @@ def load_model(
         sources = dict(plan.sources)
         if plan.head and not config.tied_embeddings:
             sources[HEAD] = plan.head
-        abstract = Transformer(config, _compute_dtype(dtype, files, sources), attention=attention)
+        abstract = Transformer(config, _compute_dtype(dtype, files, _dense(sources, plan)), attention=attention)
+        linears = projections(abstract)
+        for name, stored in plan.formats.items():
+            linears[name].store_as(stored)
         return fill(abstract, lambda name, spec: _array(files, sources[name], name, spec, placement))
 
 
-def match_tensors(files: WeightFiles, config: ModelConfig) -> ReadPlan:
-    """Where each parameter of `config` lies in `files`, by their headers alone.
+def match_tensors(files: WeightFiles, config: ModelConfig, activations: Activations | None = None) -> ReadPlan:
+    """Where each parameter of `config` lies in `files`, by their headers alone; `activations` as in `load_model`.
 
     Raises CheckpointError naming a tensor that is missing, belongs to no such model, or has another shape or dtype.
     """
@@ -97,19 +112,29 @@ def match_tensors(files: WeightFiles, config: ModelConfig) -> ReadPlan:
         raise CheckpointError(
             f"{files.source}: {len(files.tensors)} tensors, too few for the {config.n_layers} layers in {config_name}"
         )
-    specs = parameter_specs(Transformer(config))
-    plan = plan_reading(specs, files.tensors, config, files.layout)
+    abstract = Transformer(config)
+    specs = parameter_specs(abstract)
+    names = without_companions(files.tensors) if config.quantization else files.tensors
+    plan = plan_reading(specs, names, config, files.layout)
     _require_complete(plan, files, config_name)
     if plan.head is None and not config.tied_embeddings:
         raise CheckpointError(
             f"{files.source}: no output head is there, and {config_name} does not tie it to the "
             "embeddings; expected one of the two"
         )
+    quantized = find_parts(files, projections(abstract), plan.sources, config, activations)
+    if config.quantization and not quantized.formats:
+        logger.warning(
+            "%s: %s says %s, but no projection is stored so: all are read as they are",
+            files.source,
+            config_name,
+            config.quantization.format,
+        )
     for name, spec in specs.items():
         source = plan.head if name == HEAD else plan.sources[name]
-        if source is not None:
+        if source is not None and name.removesuffix(".weight") not in quantized.formats:
             _require_fits(source, spec, files, config_name)
-    return plan
+    return quantized.in_plan(plan)
 
 
 def _require_complete(plan: ReadPlan, files: WeightFiles, config_name: str) -> None:
@@ -119,8 +144,9 @@ def _require_complete(plan: ReadPlan, files: WeightFiles, config_name: str) -> N
             f"{config_name}"
         )
     if plan.extra:
+        home = files.path_of(plan.extra[0]) if plan.extra[0] in files.tensors else files.source
         raise CheckpointError(
-            f"{files.path_of(plan.extra[0])}: tensor {shown(plan.extra[0])}{_and_more(plan.extra)} is not part of the "
+            f"{home}: tensor {shown(plan.extra[0])}{_and_more(plan.extra)} is not part of the "
             f"model in {config_name}: use the config that belongs to these weights"
         )
 
@@ -154,7 +180,7 @@ def _same_values(files: WeightFiles, one: Source, other: Source) -> bool:
     return True
 
 
-def _compute_dtype(asked: str | type | np.dtype | None, files: WeightFiles, sources: dict[str, Source]) -> jnp.dtype:
+def _compute_dtype(asked: str | type | np.dtype | None, files: WeightFiles, sources: Mapping[str, Source]) -> jnp.dtype:
     """The dtype that was asked for, or the usual one of the default backend, which is logged."""
     if asked is not None and not (isinstance(asked, str) and asked == "auto"):
         name = asked if isinstance(asked, str) else jnp.dtype(asked).name
@@ -179,28 +205,47 @@ def _require_fits(source: Source, spec: ParameterSpec, files: WeightFiles, confi
     if DTYPE_NAMES[info.dtype] not in DENSE_DTYPES:
         raise CheckpointError(
             f"{where} has dtype {DTYPE_NAMES[info.dtype]}, expected one of {', '.join(DENSE_DTYPES)}, as "
-            f"{config_name} says nothing of quantisation"
+            f"{config_name} says nothing of quantisation, or of this tensor's"
         )
+
+
+def _dense(sources: Mapping[str, Source], plan: ReadPlan) -> dict[str, Source]:
+    """Sources of what is not quantised."""
+    return {name: source for name, source in sources.items() if name.rpartition(".")[0] not in plan.formats}
 
 
 def _array(
     files: WeightFiles, source: Source, name: str, spec: ParameterSpec, placement: Placement | None
 ) -> jax.Array:
     dtype = np.dtype(spec.dtype)
+    # Lone scales are [] or [1], those of rows [O] or [O, 1]: all of them small.
+    small = files.tensors[source.name].shape != spec.shape or not spec.shape
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not small:
+            return read_values(files, source, dtype, index)
+        return np.asarray(read_small(files, source, dtype, spec.shape)[index])
+
     if placement is None:
         whole = tuple(slice(None) for _ in spec.shape)
         # The buffer is ours alone, and jax on CPU takes it over as it is.
-        return jax.device_put(read_values(files, source, dtype, whole)).block_until_ready()
+        return jax.device_put(read(whole)).block_until_ready()
     shards: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         key = tuple(part.indices(size) for part, size in zip(index, spec.shape, strict=True))
         if key not in shards:
-            shards[key] = read_values(files, source, dtype, index)
+            shards[key] = read(index)
         return shards[key]
 
     return jax.make_array_from_callback(spec.shape, placement(name, spec), shard).block_until_ready()
+
+
+def read_small(files: WeightFiles, source: Source, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A whole parameter of `shape` from a tensor of as many numbers in another one."""
+    values = files.read(source.name).astype(dtype).reshape(shape)
+    return half_split_rows(values, source.heads) if source.heads else values
 
 
 def read_values(files: WeightFiles, source: Source, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:

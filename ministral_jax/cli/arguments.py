@@ -12,6 +12,7 @@ from .failures import UsageError
 if TYPE_CHECKING:
     from infer.sampling import SamplingParams
 
+ACTIVATIONS = ("plain", "quantized")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # The cache is allocated for prompt and answer: with no bound, a word to a model of 262144 tokens would cost 26 GiB.
@@ -56,6 +57,12 @@ def add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
             type=positive,
             metavar="N",
             help="longest sequence in tokens, prompt and answer (default: what the model was published for)",
+        )
+        group.add_argument(
+            "--activations",
+            choices=ACTIVATIONS,
+            help="between quantised weights: plain leaves them alone, quantized insists on rounding them (default: as "
+            "the weights' format says)",
         )
 
 

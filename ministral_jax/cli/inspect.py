@@ -160,7 +160,7 @@ def _show(subject: Subject, files: FilesReport | None, dtype: str, plan: MemoryP
         ("parameters", _parameters(plan)),
         ("files", [] if files is None else _files(files)),
         ("weights, in bytes", [(name, _size(n_bytes)) for name, n_bytes in plan.weight_bytes.items()]),
-        (f"memory in {dtype}, for {plan.batch} x {plan.length:,} tokens", _memory(dtype, plan)),
+        (f"memory in {dtype}, for {plan.batch} x {plan.length:,} tokens", _memory(subject.config, dtype, plan)),
     ]
     for title, rows in sections:
         if rows:
@@ -223,9 +223,10 @@ def _files(files: FilesReport) -> list[tuple[str, str]]:
     return [("in", first), ("tensors", f"{files.tensors}: {stored}"), ("they", verdict)]
 
 
-def _memory(dtype: str, plan: MemoryPlan) -> list[tuple[str, str]]:
-    weights = plan.weight_bytes["float32" if dtype == "float32" else "bfloat16"]
-    rows = [("weights", _size(weights))]
+def _memory(config: ModelConfig, dtype: str, plan: MemoryPlan) -> list[tuple[str, str]]:
+    stored = config.quantization.format if config.quantization else None
+    weights = plan.weight_bytes[stored or ("float32" if dtype == "float32" else "bfloat16")]
+    rows = [("weights", _size(weights) + (f", projections in {stored}" if stored else ""))]
     for group in plan.groups:
         pages = f"{group.pages:,} pages of {plan.page_size} tokens"
         rows.append(("cache", f"{_size(group.n_bytes)}; {_group(group.window, len(group.layers))}: {pages}"))

@@ -54,7 +54,7 @@ def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse) -> Ope
     words = None if tokenizer == "not used" else _open_tokenizer(folder, needed=tokenizer == "needed")
     keep_compiled_programs()
     with waiting(f"loading {folder}"):
-        model = load_model(folder, dtype=arguments.dtype, windows=windows)
+        model = load_model(folder, dtype=arguments.dtype, windows=windows, activations=arguments.activations)
     longest = model.config.max_length
     if arguments.max_length is not None and arguments.max_length > longest:
         raise RequestError(f"--max-length {arguments.max_length}: expected at most {longest}, the model's context")

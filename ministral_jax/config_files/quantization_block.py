@@ -1,4 +1,4 @@
-"""Quantisation blocks of published files: mistral's own, transformers' fp8, compressed-tensors."""
+"""Quantisation blocks of files: mistral's own, transformers' fp8, compressed-tensors, and this project's nf4."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .fields import Fields
 Activations = Literal["none", "static", "dynamic"]
 
 BLOCK = [128, 128]
+NF4_METHOD = "ministral_jax_nf4"
 
 # What the HF fp8 copy of a model leaves unquantised.
 _UNQUANTIZED_IN_HF = {True: ["model.vision_tower", "model.multi_modal_projector", "lm_head"], False: ["lm_head"]}
@@ -26,7 +27,9 @@ def quantization_of_params(fields: Fields) -> QuantizationConfig | None:
             format="fp8_tensor", activations="dynamic" if dynamic else "static", raw=own.as_dict()
         )
     block = own if own is not None else shared
-    return None if block is None else _compressed_tensors(block)
+    if block is None:
+        return None
+    return _nf4(block) if block.value("quant_method") == NF4_METHOD else _compressed_tensors(block)
 
 
 def quantization_of_hf(fields: Fields) -> QuantizationConfig | None:
@@ -34,7 +37,10 @@ def quantization_of_hf(fields: Fields) -> QuantizationConfig | None:
     block = fields.block("quantization_config")
     if block is None:
         return None
-    if block.choice("quant_method", ("fp8", "compressed-tensors")) == "compressed-tensors":
+    method = block.choice("quant_method", ("fp8", "compressed-tensors", NF4_METHOD))
+    if method == NF4_METHOD:
+        return _nf4(block)
+    if method == "compressed-tensors":
         return _compressed_tensors(block)
     activations: Activations = "static" if _is_static(block) else "dynamic"
     if not block.has("weight_block_size") or block.value("weight_block_size") == BLOCK:
@@ -46,6 +52,12 @@ def quantization_of_hf(fields: Fields) -> QuantizationConfig | None:
 
 def _is_static(block: Fields) -> bool:
     return block.choice("activation_scheme", ("static", "dynamic"), "dynamic") == "static"
+
+
+def _nf4(block: Fields) -> QuantizationConfig:
+    block.must_be("block_size", 64, "the constants of nf4 are for 64 columns each")
+    block.boolean("double_quantization", False)
+    return QuantizationConfig(format="nf4", activations="none", raw=block.as_dict())
 
 
 def _compressed_tensors(block: Fields) -> QuantizationConfig:
@@ -67,7 +79,26 @@ def _group_scheme(group: Fields, kind: str) -> tuple[QuantizationFormat, Activat
     activations: Activations = "none"
     if inputs is not None:
         activations = "dynamic" if inputs.value("dynamic") in (True, "local") else "static"
-    return _weight_format(weights, kind), activations
+    name = _weight_format(weights, kind)
+    if inputs is not None:
+        _require_known_activations(inputs, name, activations)
+    return name, activations
+
+
+def _require_known_activations(inputs: Fields, name: QuantizationFormat, activations: Activations) -> None:
+    """Activations are rounded as weights are: per token or with a static scale, in groups if weights have them."""
+    inputs.must_be("symmetric", True, "zero points are not supported")
+    inputs.must_be("num_bits", 4 if name == "nvfp4" else 8, f"the weights are {name}")
+    of_group = {"fp8_block": ("group", 128), "nvfp4": ("tensor_group", 16)}.get(name)
+    if of_group:
+        inputs.must_be("strategy", of_group[0], f"the weights are {name}")
+        inputs.must_be("group_size", of_group[1], f"the weights are {name}")
+    elif activations == "dynamic":
+        inputs.must_be("strategy", "token", "a scale over a whole batch would make one sequence depend on another")
+    else:
+        inputs.must_be("strategy", "tensor", "a static scale is one number")
+    if activations == "static" and name not in ("fp8_tensor", "fp8_channel"):
+        raise inputs.error("dynamic", f"true, since the weights are {name}")
 
 
 def _weight_format(weights: Fields, kind: str) -> QuantizationFormat:
@@ -79,8 +110,9 @@ def _weight_format(weights: Fields, kind: str) -> QuantizationFormat:
     if kind == "int-quantized":
         weights.choice("strategy", ("channel",))
         return "int8_channel"
-    if weights.choice("strategy", ("tensor", "block")) == "tensor":
-        return "fp8_tensor"
+    strategy = weights.choice("strategy", ("tensor", "channel", "block"))
+    if strategy != "block":
+        return "fp8_tensor" if strategy == "tensor" else "fp8_channel"
     if weights.value("block_structure") != BLOCK:
         raise weights.error("block_structure", f"{BLOCK}")
     return "fp8_block"
@@ -88,7 +120,7 @@ def _weight_format(weights: Fields, kind: str) -> QuantizationFormat:
 
 def params_of_quantization(quantization: QuantizationConfig) -> dict[str, Any]:
     """The keys of params.json for `quantization`."""
-    if "config_groups" in quantization.raw:
+    if "config_groups" in quantization.raw or quantization.format == "nf4":
         return {"quantization_config": dict(quantization.raw)}
     if quantization.format != "fp8_tensor" or quantization.activations == "none":
         raise _no_spelling(quantization, "params.json")
@@ -100,6 +132,8 @@ def hf_of_quantization(quantization: QuantizationConfig, *, has_vision: bool) ->
     """The keys of config.json for `quantization`."""
     if "config_groups" in quantization.raw:
         block = {"quant_method": "compressed-tensors", **quantization.raw}
+    elif quantization.format == "nf4":
+        block = dict(quantization.raw)
     elif quantization.format in ("fp8_tensor", "fp8_block") and quantization.activations != "none":
         block = {
             "quant_method": "fp8",

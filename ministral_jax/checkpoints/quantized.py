@@ -1,0 +1,195 @@
+"""Which tensors of a file are parts of quantised projections: their names, in every spelling, by headers alone.
+
+A projection is quantised if its own tensors say so, not because the config names or ignores it: lists of ignored
+modules are in the names of another layout more often than not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import ModelConfig, QuantizationConfig
+from ..errors import CheckpointError, ConfigError
+from ..linear import Linear
+from ..quantization import LinearFormat
+from ..quantization.formats import COLUMNS, Part
+from ..quantization.fp8 import BLOCK
+from .json_pieces import shown
+from .layouts import ReadPlan, Source
+from .safetensors_header import DTYPE_NAMES, TensorInfo
+from .weight_files import WeightFiles
+
+# How activations meet quantised weights: as they are, or rounded as the format says.
+Activations = Literal["plain", "quantized"]
+
+# Part in memory -> what files call it, after the module's name: compressed-tensors, transformers' fp8, mistral's own.
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "weight": ("weight",),
+    "weight_packed": ("weight_packed",),
+    "weight_scale": ("weight_scale", "weight_scale_inv", "qscale_weight"),
+    "input_scale": ("input_scale", "activation_scale", "qscale_act"),
+    "weight_global_scale": ("weight_global_scale",),
+    "input_global_scale": ("input_global_scale",),
+    "weight_absmax": ("weight_absmax",),
+    "weight_absmax_scale": ("weight_absmax_scale",),
+    "weight_absmax_offset": ("weight_absmax_offset",),
+}
+_COMPANIONS = frozenset(name for part, names in SPELLINGS.items() if part != "weight" for name in names)
+_EIGHT_BITS = ("F8_E4M3", "I8")
+_SCALE_DTYPES = ("F32", "BF16", "F16", "F64")
+
+
+@dataclass(frozen=True)
+class QuantizedParts:
+    """What was found: projection -> format, and parameter -> tensor."""
+
+    formats: Mapping[str, LinearFormat]
+    sources: Mapping[str, Source]
+
+    def in_plan(self, plan: ReadPlan) -> ReadPlan:
+        """The plan with the parts in place of the dense weights they stand for."""
+        dense = {
+            name: source for name, source in plan.sources.items() if name.removesuffix(".weight") not in self.formats
+        }
+        return dataclasses.replace(plan, sources={**dense, **self.sources}, formats=self.formats)
+
+
+def without_companions(names: Collection[str]) -> set[str]:
+    """The names as they would be if nothing were quantised: one `weight` for each module, no scales."""
+    plain = set()
+    for name in names:
+        module, _, last = name.rpartition(".")
+        if last == "weight_packed":
+            plain.add(f"{module}.weight")
+        elif last not in _COMPANIONS:
+            plain.add(name)
+    return plain
+
+
+def find_parts(
+    files: WeightFiles,
+    linears: Mapping[str, Linear],
+    sources: Mapping[str, Source],
+    config: ModelConfig,
+    activations: Activations | None = None,
+) -> QuantizedParts:
+    """The quantised ones among the projections `linears`, whose dense weights would be at `sources`.
+
+    `activations` is "plain" or "quantized" instead of what the format says. Raises CheckpointError for a part that is
+    missing, has another shape or dtype, or belongs to no quantised projection; ConfigError for activations that the
+    format cannot round.
+    """
+    formats: dict[str, LinearFormat] = {}
+    parts: dict[str, Source] = {}
+    read: set[str] = set()
+    if config.quantization is None:
+        return QuantizedParts(formats, parts)
+    for name, linear in linears.items():
+        source = sources[f"{name}.weight"]
+        module = source.name.removesuffix(".weight")
+        if not _is_quantized(module, files.tensors):
+            continue
+        stored = linear_format(config.quantization, activations)
+        if f"{module}.weight_absmax_scale" in files.tensors:
+            stored = dataclasses.replace(stored, double=True)
+        found = _Finder(files, module, stored, source.heads, config.head_dim).sources(linear.shape)
+        formats[name] = stored
+        parts |= {f"{name}.{part}": where for part, where in found.items()}
+        read |= {f"{module}.{spelling}" for spelling in _COMPANIONS}
+    _require_no_strays(files, {source.name.removesuffix(".weight") for source in sources.values()}, read)
+    return QuantizedParts(formats, parts)
+
+
+def linear_format(quantization: QuantizationConfig, activations: Activations | None) -> LinearFormat:
+    """The format of a projection, with `activations` "plain" or "quantized" instead of the config's."""
+    if activations == "plain":
+        return LinearFormat(quantization.format)
+    if activations == "quantized" and quantization.activations == "none":
+        raise ConfigError(
+            f"activations='quantized': these weights ({quantization.format}) say nothing of activations; expected plain"
+        )
+    return LinearFormat(quantization.format, quantization.activations)
+
+
+def _is_quantized(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    if f"{module}.weight_packed" in tensors:
+        return True
+    weight = tensors.get(f"{module}.weight")
+    return weight is not None and DTYPE_NAMES[weight.dtype] in _EIGHT_BITS
+
+
+def _require_no_strays(files: WeightFiles, modules: set[str], read: set[str]) -> None:
+    """A scale without its quantised weight would be ignored, and the weight be wrong."""
+    for name in files.tensors:
+        module, _, last = name.rpartition(".")
+        if last in _COMPANIONS and module in modules and name not in read:
+            raise CheckpointError(
+                f"{files.path_of(name)}: tensor {shown(name)} is a part of a quantised weight, but "
+                f"{shown(module + '.weight')} is not one: the file is not whole"
+            )
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Looks for the parts of one projection [rows, columns], called `module` in the files."""
+
+    files: WeightFiles
+    module: str
+    stored: LinearFormat
+    heads: int | None
+    head_dim: int
+
+    def sources(self, shape: tuple[int, int]) -> dict[str, Source]:
+        multiple = COLUMNS.get(self.stored.format, 1)
+        if shape[1] % multiple:
+            raise CheckpointError(
+                f"{self.files.source}: {shown(self.module)} has {shape[1]} columns; {self.stored.format} needs a "
+                f"multiple of {multiple}"
+            )
+        return {name: self._source(name, part, shape[0]) for name, part in self.stored.parts(*shape).items()}
+
+    def _source(self, name: str, part: Part, rows: int) -> Source:
+        candidates = [f"{self.module}.{spelling}" for spelling in SPELLINGS[name]]
+        found = next((candidate for candidate in candidates if candidate in self.files.tensors), None)
+        if found is None:
+            raise CheckpointError(
+                f"{self.files.source}: tensor {shown(candidates[0])} is missing; expected with {self.stored.format} "
+                f"weights and {self.stored.activations} scales of activations"
+            )
+        self._require_fits(found, part)
+        return Source(found, self._heads(part, rows))
+
+    def _require_fits(self, tensor: str, part: Part) -> None:
+        info = self.files.tensors[tensor]
+        where = f"{self.files.path_of(tensor)}: tensor {shown(tensor)}"
+        # A lone scale may be [] or [1], one per row [O] or [O, 1].
+        shapes = [part.shape] if len(part.shape) == 2 else [part.shape, (*part.shape, 1)]
+        if info.shape not in shapes:
+            raise CheckpointError(
+                f"{where} has shape {list(info.shape)}, expected {list(part.shape)} for {self.stored.format}"
+            )
+        expected = _SCALE_DTYPES if part.dtype == jnp.float32 else (DTYPE_NAMES[np.dtype(part.dtype)],)
+        if DTYPE_NAMES[info.dtype] not in expected:
+            raise CheckpointError(
+                f"{where} has dtype {DTYPE_NAMES[info.dtype]}, expected {' or '.join(expected)} for "
+                f"{self.stored.format}"
+            )
+
+    def _heads(self, part: Part, rows: int) -> int | None:
+        """Heads whose entries are permuted; a scale for whole heads is the same in either order."""
+        if self.heads is None or not part.axes:
+            return None
+        if part.shape[0] == rows:
+            return self.heads
+        if BLOCK % self.head_dim:
+            raise CheckpointError(
+                f"{self.files.source}: {shown(self.module)} has scales for blocks of {BLOCK} rows, which cut heads of "
+                f"{self.head_dim} in parts: their rows cannot be reordered; use the HF layout of this model"
+            )
+        return None

@@ -1,0 +1,37 @@
+"""What every quantised matrix can do, and the one contraction they share. The formats are in the files beside this."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+@runtime_checkable
+class QuantizedWeight(Protocol):
+    """A matrix [O, I] in few bits: a pytree of payload and scales."""
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "O I"]:
+        """The matrix that the file means: computed in float32, then rounded to `dtype`."""
+        ...
+
+    def product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """`x @ W.T` in the dtype of `x`, activations as they are."""
+        ...
+
+
+@runtime_checkable
+class QuantizedProduct(QuantizedWeight, Protocol):
+    """A matrix whose format rounds activations too."""
+
+    def quantized_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """`x @ W.T` in the dtype of `x`, activations rounded as the format says."""
+        ...
+
+
+def contract(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:
+    """`x @ weight.T` summed in float32."""
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

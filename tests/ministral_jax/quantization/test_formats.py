@@ -1,0 +1,127 @@
+"""Weights and products of every format against float64 numpy: weights to the bit, products to 1e-5 of their range."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ministral_jax.quantization import LinearFormat, QuantizedProduct, fp8
+from ministral_jax.quantization.nvfp4 import nvfp4_rounded
+from ministral_jax.quantization.rounding import divided, e2m1_values, to_e2m1, unpacked
+from tests.quantized_files import CASES, E4M3, encode, nearest_e2m1, rounded_activations, unpack, values
+
+SHAPES = ((24, 48), (160, 272))
+
+
+def drawn(case, shape, seed=0):
+    """The parts of a random matrix, and the weight made of them."""
+    name, activations, spelling = case
+    weight = np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 0.3
+    parts = encode(weight, name, activations, spelling)
+    stored = LinearFormat(name, activations, double=spelling == "double")
+    expected = stored.parts(*shape)
+    arrays = {part: jnp.asarray(parts[part].reshape(expected[part].shape)) for part in expected}
+    assert {part: (array.shape, array.dtype) for part, array in arrays.items()} == {
+        part: (spec.shape, jnp.dtype(spec.dtype)) for part, spec in expected.items()
+    }
+    return parts, stored.weight(arrays), weight
+
+
+def tokens(shape, seed=1):
+    """Activations with outliers, an empty row, and one that is tiny."""
+    x = np.random.default_rng(seed).standard_normal((6, shape[1])).astype(np.float32)
+    x[0, 3] = 40.0
+    x[1] = 0.0
+    x[2] *= 1e-4
+    return x
+
+
+def worst(found, expected):
+    return np.abs(np.asarray(found, np.float64) - expected).max() / np.ptp(expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_exact_to_the_bit(case, shape):
+    parts, weight, dense = drawn(case, shape)
+    expected = values(parts, case[0])
+    found = np.asarray(jax.jit(lambda w: w.dequantize())(weight))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.view(np.int32), expected.astype(np.float32).view(np.int32))
+    assert worst(found, dense) < 0.1  # and the encoder of the test is one
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_plain_products_leave_activations_alone(case, shape):
+    parts, weight, _ = drawn(case, shape)
+    x = tokens(shape)
+    expected = x.astype(np.float64) @ values(parts, case[0]).T
+    assert worst(jax.jit(lambda w, x: w.product(x))(weight, x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] != "none"])
+def test_quantised_products_round_activations_as_the_format_says(case, shape):
+    parts, weight, _ = drawn(case, shape)
+    assert isinstance(weight, QuantizedProduct)
+    x = tokens(shape)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rounded = np.nan_to_num(rounded_activations(x, case[0], parts))
+    expected = rounded @ values(parts, case[0]).T
+    found = jax.jit(lambda w, x: w.quantized_product(x))(weight, x)
+    assert worst(found, expected) < 1e-5
+    assert worst(found, x.astype(np.float64) @ values(parts, case[0]).T) > 1e-4  # rounding was worth testing
+    assert not np.asarray(found)[1].any()
+
+
+def test_groups_gone_through_in_turn_give_what_all_at_once_give(monkeypatch):
+    _, weight, _ = drawn(("fp8_block", "dynamic", "hf"), (160, 272))
+    x = jnp.asarray(tokens((160, 272)).reshape(2, 3, 272))
+    at_once = weight.quantized_product(x)
+    monkeypatch.setattr(fp8, "MAX_PARTIAL_BYTES", 0)
+    in_turn = weight.quantized_product(x)
+    assert in_turn.shape == (2, 3, 160)
+    assert worst(in_turn, np.asarray(at_once, np.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_come_in_the_dtype_of_the_activations(case, dtype):
+    parts, weight, _ = drawn(case, (24, 48))
+    x = jnp.asarray(tokens((24, 48)), dtype)
+    expected = np.asarray(x, np.float64) @ values(parts, case[0]).T
+    found = weight.product(x)
+    assert found.dtype == x.dtype
+    assert worst(found.astype(jnp.float32), expected) < 5e-3
+    if isinstance(weight, QuantizedProduct) and case[1] != "none":
+        assert weight.quantized_product(x).dtype == x.dtype
+
+
+def test_the_published_example_of_packed_nibbles():
+    packed = jnp.asarray([[0xA1, 0x87, 0x35, 0x4F]], jnp.uint8)
+    np.testing.assert_array_equal(e2m1_values(unpacked(packed)), [[0.5, -1, 6, -0.0, 3, 1.5, -6, 2]])
+    np.testing.assert_array_equal(unpacked(packed), unpack(np.asarray(packed)))
+
+
+def test_four_bit_rounding_goes_to_the_nearest_and_ties_to_even():
+    x = np.linspace(-7, 7, 8 * 7 * 16 + 1, dtype=np.float32)  # every tie is among them
+    codes = nearest_e2m1(np.clip(x, -6, 6))
+    np.testing.assert_array_equal(to_e2m1(jnp.asarray(x)), e2m1_values(jnp.asarray(codes)))
+
+
+def test_a_group_too_small_for_its_scale_gets_the_smallest_one():
+    x = jnp.full((1, 32), 1e-8).at[0, 16:].set(1.0)
+    rounded = np.asarray(nvfp4_rounded(x, jnp.float32(400.0)))
+    assert not rounded[0, :16].any()
+    np.testing.assert_allclose(rounded[0, 16:] / 400, 1.0, rtol=0.05)
+
+
+def test_division_by_a_constant_is_rounded_correctly():
+    x = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(lambda x: divided(x, 127.5))(x), x / np.float32(127.5))
+
+
+def test_static_activations_beyond_their_scale_are_clamped():
+    weight = fp8.Fp8Weight(jnp.ones((1, 4), E4M3), jnp.float32(1.0), jnp.float32(0.5))
+    np.testing.assert_array_equal(weight.quantized_product(jnp.full((1, 4), 1e6)), [[4 * 448 * 0.5]])
