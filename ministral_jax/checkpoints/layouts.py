@@ -14,26 +14,13 @@ from dataclasses import dataclass, field
 from ..config import ModelConfig
 from ..config_files.layout import Layout
 from ..quantization import LinearFormat
+from .translate import HF_PARTS
 
 EMBEDDINGS = "tok_embeddings.weight"
 HEAD = "output.weight"
 
 HF_PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 HF_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
-
-HF_PARTS = {
-    "tok_embeddings": "embed_tokens",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "norm": "norm",
-}
 
 # What a text model leaves in the file: whole towers by prefix, and buffers that are computed, not stored.
 _UNREAD: Mapping[str, re.Pattern[str]] = {

@@ -9,8 +9,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .layouts import HF_PARTS
-
+# A dense decoder's modules, those of a layer without its number.
+HF_PARTS = {
+    "tok_embeddings": "embed_tokens",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "norm": "norm",
+}
 _MOE_PARTS = {
     "feed_forward.gate": "block_sparse_moe.gate",
     "feed_forward.experts.#.w1": "block_sparse_moe.experts.#.w1",
