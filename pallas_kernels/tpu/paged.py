@@ -5,18 +5,18 @@ Interpreted on CPU and compiled for v5e, v6e and tpu7x; no chip has run it.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from ..paged_dispatch import PagedProblem
 from .block_sizes import LANES
+from .paged_call import PagedCall
 from .paged_fetch import Paging
-from .paged_kernel import PagedCall, paged_call
+from .paged_kernel import paged_call
+from .paged_rows import row_constants
 from .paged_tiles import paged_tiles, tile_count
 from .tiles import LOG2_E
 
@@ -28,17 +28,21 @@ class PagedSizes(NamedTuple):
 
     block_bytes: keys and values fetched together; two such blocks are held.
     block_tokens: the most tokens of a block.
-    chunk_entries: keys, of all heads computed together, per matrix product.
-    packed_scores: rows times key heads up to which all heads share one product, masked.
-    tile_rows: rows per key head of a tile otherwise.
+    row_entries: entries, of all heads of a unit, per matrix product by rows.
+    packed_scores: rows times key heads up to which a tile is computed by rows.
+    tile_rows: rows per key head of a tile computed by lanes.
+    lanes: queries of one head whose scores are computed at once.
+    chunk: tokens laid out by heads at once.
     table_piece: page-table entries fetched together.
     """
 
     block_bytes: int = 2 << 20
-    block_tokens: int = 1024
-    chunk_entries: int = 1024
+    block_tokens: int = 512
+    row_entries: int = 1024
     packed_scores: int = 1024
     tile_rows: int = 1024
+    lanes: int = LANES
+    chunk: int = 128
     table_piece: int = 1024
 
 
@@ -74,83 +78,98 @@ def paged_attention_tpu(
     sizes: PagedSizes | None = None,
 ) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
     """As `paged_attention_reference`. Not differentiable."""
-    sizes = PagedSizes() if sizes is None else sizes
     (T, N, _), B = q.shape, lengths.shape[0]
-    K, Hv = k_pages.shape[2], v_pages.shape[-1]
-    run = _Run(
-        q, k_pages, v_pages, page_table, query_starts, lengths, window, scale, k_scale, v_scale, interpret, sizes
-    )
-    out, lse = jnp.zeros((T, N, Hv), q.dtype), jnp.full((T, N), -jnp.inf, jnp.float32)
+    out, lse = jnp.zeros((T, N, v_pages.shape[-1]), q.dtype), jnp.full((T, N), -jnp.inf, jnp.float32)
     if not T:
         return out, lse
+    run = _Run(q, k_pages, v_pages, page_table, query_starts, lengths, window, interpret, sizes or PagedSizes())
+    K = k_pages.shape[2]
+    ones = jnp.ones(K, jnp.float32)
+    factors = ((ones if k_scale is None else k_scale) * (scale * LOG2_E), ones if v_scale is None else v_scale)
     counts = query_starts[1:] - query_starts[:-1]
-    packed = 1 << max(sizes.packed_scores // (N * K), 1).bit_length() - 1  # tokens of a tile
-    share = 1 << (-(-T // B) - 1).bit_length()
+    packed = _power_of_two(run.sizes.packed_scores // (N * K))  # tokens of the largest tile by rows
+    share = 2 * _power_of_two(-(-T // B) - 1) if T > B else 1
     if share <= packed:
-        return run.attend(share, tile_count(T, B, share), counts > 0, True, out, lse)
+        return run.attend(run.call(share, by_rows=True), tile_count(T, B, share), counts > 0, factors, (out, lse))
     if B > 1:
-        out, lse = run.attend(1, min(T, B), counts == 1, True, out, lse)
+        out, lse = run.attend(run.call(1, by_rows=True), min(T, B), counts == 1, factors, (out, lse))
+    lanes = run.sizes.lanes
+    tile = max(min(_power_of_two(T - 1) * 2, _power_of_two(run.sizes.tile_rows * K // N)), lanes)
     many = counts > (1 if B > 1 else 0)
-    tile = min(1 << (T - 1).bit_length(), max(sizes.tile_rows // (N // K), 1))
-    return run.attend(tile, tile_count(T, B, tile), many, False, out, lse)
+    return run.attend(run.call(tile, by_rows=False), tile_count(T, B, tile), many, factors, (out, lse))
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two that is not above n, and 1 for n < 1."""
+    return 1 << (max(n, 1).bit_length() - 1)
 
 
 class _Run(NamedTuple):
-    q: Any
-    k_pages: Any
-    v_pages: Any
-    page_table: Any
-    query_starts: Any
-    lengths: Any
+    """The arguments of `paged_attention_tpu` that do not change between its kernel calls."""
+
+    q: Float[Array, "T N H"]
+    k_pages: Num[Array, "P page K H"]
+    v_pages: Num[Array, "P page K Hv"]
+    page_table: Int[Array, "B pages"]
+    query_starts: Int[Array, "B_plus_1"]
+    lengths: Int[Array, "B"]
     window: int | None
-    scale: float
-    k_scale: Any
-    v_scale: Any
     interpret: Any
     sizes: PagedSizes
 
-    def attend(
-        self, tile: int, most: int, chosen: Bool[Array, "B"], packed: bool, out: Array, lse: Array
-    ) -> tuple[Array, Array]:
-        """`out` and `lse` with the rows of the chosen sequences filled in."""
-        (T, N, H), (page, K), Hv = self.q.shape, self.k_pages.shape[1:3], self.v_pages.shape[-1]
-        U = 1 if packed else K
-        rows = tile * N // U
-        paging = self.paging()
+    def call(self, tile: int, by_rows: bool) -> PagedCall:
+        """The static description of a kernel call over tiles of `tile` tokens."""
+        K, paging = self.k_pages.shape[2], self.paging()
         head_major = False
-        chunk = min(paging.block, max(self.sizes.chunk_entries // (K // U), page))
-        table = jnp.pad(self.page_table, ((0, 0), (0, -self.page_table.shape[1] % paging.pages_per_piece)))
-        tiles = paged_tiles(self.query_starts, self.lengths, T, tile, most, chosen)
-        queries = self.q.at[tiles.rows].get(mode="fill", fill_value=0)  # [M, tile, N, H]
-        queries = queries.reshape(most, tile, U, N // U, H).swapaxes(1, 2).reshape(most, U, rows, H)
-        call = PagedCall(paging, K, U, head_major, chunk, self.interpret, 64 << 20)
-        mixed, sums = paged_call(
-            call, tiles.scalars, self.row_constants(tile, U), queries, table, self.k_pages, self.v_pages, self.cost()
+        units = K if head_major or not by_rows else 1
+        tokens = self.sizes.row_entries * units // K if by_rows else self.sizes.chunk
+        chunk = min(max(_power_of_two(tokens // paging.page) * paging.page, paging.page), paging.block)
+        groups = self.q.shape[1] // K
+        return PagedCall(
+            paging, K, groups, tile, by_rows, units, head_major, chunk, self.sizes.lanes, self.interpret, 100 << 20
         )
-        mixed = mixed.reshape(most, U, tile, N // U, Hv).swapaxes(1, 2).reshape(most, tile, N, Hv)
-        sums = sums.reshape(most, U, tile, N // U).swapaxes(1, 2).reshape(most, tile, N)
-        return out.at[tiles.rows].set(mixed, mode="drop"), lse.at[tiles.rows].set(sums, mode="drop")
 
     def paging(self) -> Paging:
+        """Powers of two, so that neither blocks nor pieces straddle."""
         page, K, H = self.k_pages.shape[1:]
         token_bytes = K * (H + self.v_pages.shape[-1]) * self.k_pages.dtype.itemsize
         tokens = min(self.sizes.block_tokens, self.sizes.block_bytes // token_bytes)
-        per_block = 1 << max(tokens // page, 1).bit_length() - 1
-        width = self.page_table.shape[1]
-        piece = max(min(self.sizes.table_piece, -(-width // LANES) * LANES), per_block)
-        return Paging(page, width, per_block, 1 << (piece - 1).bit_length(), self.window)
+        width, per_block = self.page_table.shape[1], _power_of_two(tokens // page)
+        piece = _power_of_two(min(self.sizes.table_piece, 2 * width - 1))
+        return Paging(page, width, per_block, max(piece, per_block, LANES), self.window)
 
-    def row_constants(self, tile: int, U: int) -> Float[Array, "U rows 4"]:
-        N, K = self.q.shape[1], self.k_pages.shape[2]
-        shape = (U, tile, N // U)
-        head = jnp.arange(N, dtype=jnp.int32).reshape(U, 1, N // U) // (N // K)
-        ones = jnp.ones(K, jnp.float32)
-        k_factor = (ones if self.k_scale is None else self.k_scale) * (self.scale * LOG2_E)
-        v_factor = ones if self.v_scale is None else self.v_scale
-        token = jnp.arange(tile, dtype=jnp.float32)[None, :, None]
-        columns = (k_factor[head], v_factor[head], token, (head % (K // U)).astype(jnp.float32))
-        stacked = jnp.stack([jnp.broadcast_to(x, shape) for x in columns], axis=-1)
-        return stacked.reshape(U, -1, len(columns))
+    def attend(
+        self,
+        call: PagedCall,
+        most: int,
+        chosen: Bool[Array, "B"],
+        factors: tuple[Float[Array, "K"], Float[Array, "K"]],
+        results: tuple[Float[Array, "T N Hv"], Float[Array, "T N"]],
+    ) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
+        """`results` with the rows of the chosen sequences filled in; they need at most `most` tiles."""
+        (T, N, H), K, Hv = self.q.shape, call.kv_heads, self.v_pages.shape[-1]
+        table = jnp.pad(self.page_table, ((0, 0), (0, -call.paging.pages % call.paging.pages_per_piece)))
+        tiles = paged_tiles(self.query_starts, self.lengths, T, call.tile, most, chosen)
+        queries = self.q.at[tiles.rows].get(mode="fill", fill_value=0)  # [M, tile, N, H]
+        if call.by_rows:
+            constants = row_constants(call, *factors)
+            queries = queries.reshape(most, call.tile, call.units, -1, H).swapaxes(1, 2)
+            queries = queries.reshape(most, call.units, call.rows, H)
+        else:
+            constants = jnp.stack(factors)
+            queries = queries.reshape(most, call.tile, K, N // K, H).transpose(0, 2, 3, 1, 4)
+        mixed, sums = paged_call(
+            call, tiles.scalars, constants, queries, table, self.k_pages, self.v_pages, self.cost()
+        )
+        if call.by_rows:
+            shape = (most, call.units, call.tile, -1)
+            mixed = mixed.reshape(*shape, Hv).swapaxes(1, 2)
+            sums = sums.reshape(shape).swapaxes(1, 2)
+        else:
+            mixed, sums = mixed.transpose(0, 3, 1, 2, 4), sums[:, :, :, 0].transpose(0, 3, 1, 2)
+        out, lse = results
+        mixed, sums = mixed.reshape(most, call.tile, N, Hv), sums.reshape(most, call.tile, N)
+        return out.at[tiles.rows].set(mixed, mode="drop"), lse.at[tiles.rows].set(sums, mode="drop")
 
     def cost(self) -> pl.CostEstimate:
         return pl.CostEstimate(flops=1, transcendentals=1, bytes_accessed=1)
