@@ -55,15 +55,13 @@ class Steps(NamedTuple):
 def compiled_steps(graph: Any) -> Steps:
     """The steps of every model with this nnx graph, compiled on first use and shared between generators."""
     return Steps(
-        prefill=jax.jit(functools.partial(_prefill, graph), donate_argnames=("cache", "hidden")),
-        start=jax.jit(functools.partial(_start, graph), static_argnames=("mode",), donate_argnames=("history",)),
-        decode=jax.jit(
-            functools.partial(_decode, graph), static_argnames=("mode",), donate_argnames=("cache", "state")
-        ),
+        prefill=jax.jit(functools.partial(prefill, graph), donate_argnames=("cache", "hidden")),
+        start=jax.jit(functools.partial(start, graph), static_argnames=("mode",), donate_argnames=("history",)),
+        decode=jax.jit(functools.partial(decode, graph), static_argnames=("mode",), donate_argnames=("cache", "state")),
     )
 
 
-def _prefill(
+def prefill(
     graph: Any,
     weights: Any,
     cache: PagedCache,
@@ -82,7 +80,7 @@ def _prefill(
     return jnp.where(last_rows[:, None] >= 0, out[jnp.maximum(last_rows, 0)], hidden), cache
 
 
-def _start(
+def start(
     graph: Any,
     weights: Any,
     hidden: Float[Array, "B D"],
@@ -110,7 +108,7 @@ def _take(
     return DecodeState(choice.tokens, state.lengths, produced, active, history), choice
 
 
-def _decode(
+def decode(
     graph: Any,
     weights: Any,
     cache: PagedCache,

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Num
 
+from .arguments import check_heads_and_window
 from .dispatch import choose, target
-from .flash_attention import check_heads_and_window
 from .paged_dispatch import TABLE, Implementation, PagedProblem
 from .reference import token_positions
 
@@ -230,6 +230,8 @@ def _value_width(k_pages: Array, v_pages: Array | None, value_width: int | None)
 def _check_scales(k_pages: Array, v_pages: Array | None, k_scale: Array | None, v_scale: Array | None) -> None:
     if v_pages is None and v_scale is not None:
         raise ValueError("v_scale is given without v_pages: the values are keys and take k_scale")
+    if v_pages is not None and v_pages.dtype != k_pages.dtype:
+        raise ValueError(f"v_pages is {v_pages.dtype}, k_pages is {k_pages.dtype}: they must be equal")
     for name, pool, scale in (("k", k_pages, k_scale), ("v", v_pages, v_scale)):
         if pool is not None and str(pool.dtype) not in POOL_DTYPES:
             raise ValueError(f"{name}_pages is {pool.dtype}: expected one of {', '.join(POOL_DTYPES)}")

@@ -43,7 +43,10 @@ def _refused_by_tpu_kernel(problem: PagedProblem) -> str | None:
 
 def _refused_by_hopper_kernel(problem: PagedProblem) -> str | None:
     reason = refused_unless_hopper(problem) or _latent(problem)
-    return reason or importlib.import_module(".gpu.paged", __package__).unsupported(problem)
+    dtypes = (problem.dtype, problem.pool_dtype, problem.pool_dtype)
+    return reason or importlib.import_module(".gpu.paged", __package__).unsupported(
+        dtypes, problem.widths, problem.heads, problem.page
+    )
 
 
 def _latent(problem: PagedProblem) -> str | None:

@@ -5,7 +5,7 @@ Nothing can be run. Set `ALLOW_MULTIPLE_LIBTPU_LOAD=1` where another process may
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,9 +37,13 @@ def absent_chip(generation: Generation) -> AbsentChip:
     )
 
 
-def compile_for(generation: Generation, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+def compile_for(
+    generation: Generation, function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()
+) -> jax.stages.Compiled:
     """`function` compiled to machine code of one chip. Arguments are arrays or their shapes and dtypes."""
     chip = absent_chip(generation)
     with jax.sharding.use_abstract_mesh(chip.mesh):
-        staged = jax.jit(function, in_shardings=chip.sharding, out_shardings=chip.sharding).lower(*arguments)
-        return staged.compile()
+        staged = jax.jit(
+            function, in_shardings=chip.sharding, out_shardings=chip.sharding, donate_argnums=tuple(donate)
+        )
+        return staged.lower(*arguments).compile()

@@ -100,7 +100,7 @@ def full_bytes(model: ModelConfig, length: int, itemsize: int) -> int:
 
 
 def test_ministral_8b_keeps_at_most_44_percent_of_a_full_cache_plus_one_chunk() -> None:
-    """At 128k tokens: a quarter of the layers in full, the others 32k of it. As allocated, with keys two numbers wide."""
+    """At 128k tokens: a quarter of the layers in full, the others 32k of it. As allocated, with keys of two numbers."""
     model = config(*(None, 32768, 32768, 32768) * 9, heads=1, head_dim=2)
     chunk, page = 512, 64
     plan = plan_cache(model, batch=1, length=131072, chunk=chunk, page_size=page, dtype=BFLOAT16)
