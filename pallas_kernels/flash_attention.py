@@ -1,4 +1,4 @@
-"""flash_attention: causal self-attention over whole sequences, for training and scoring. Its interface and checks."""
+"""flash_attention: causal self-attention over whole sequences, for training and scoring. Its interface."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .arguments import check_flash_arrays, check_heads_and_window, check_offset_and_scale, split_segments
 from .dispatch import choose, target
 from .flash_dispatch import TABLE, FlashProblem, Implementation
 
@@ -81,75 +82,32 @@ def flash_attention(
 
     Raises ValueError, before anything is traced further, for arguments that do not fit together.
     """
-    _check(q, k, v, window, implementation)
-    query_segments, key_segments = _split_segments(segment_ids, q, k)
+    check_flash_arrays(q, k, v)
+    check_heads_and_window(q.shape[2], k.shape[2], window)
+    check_offset_and_scale(query_offset, scale)
+    query_segments, key_segments = split_segments(segment_ids, q, k)
+    names = typing.get_args(Implementation)
+    if implementation not in names:
+        raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(names)}")
+    known_offset = int(query_offset) if isinstance(query_offset, int | np.integer) else None
     problem = FlashProblem(
         target(),
         str(q.dtype),
         (q.shape[-1], v.shape[-1]),
         (q.shape[1], k.shape[1]),
-        int(query_offset) if isinstance(query_offset, int | np.integer) else None,
+        known_offset,
         query_segments is not None,
         return_lse,
         bool(interpret),
     )
     run = choose("flash_attention", TABLE, implementation, problem)
     out, lse = run(
-        q,
-        k,
-        v,
-        window=window,
-        query_segments=query_segments,
-        key_segments=key_segments,
-        query_offset=query_offset,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        *map(jnp.asarray, (q, k, v)),
+        window=None if window is None else int(window),
+        query_segments=None if query_segments is None else jnp.asarray(query_segments, jnp.int32),
+        key_segments=None if key_segments is None else jnp.asarray(key_segments, jnp.int32),
+        query_offset=query_offset if known_offset is None else known_offset,
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         **({"interpret": interpret} if interpret else {}),
     )
     return (out, lse) if return_lse else out
-
-
-def check_heads_and_window(n_query_heads: int, n_key_heads: int, window: int | None) -> None:
-    """Raises ValueError unless query heads divide evenly over key heads and the window is None or positive."""
-    if n_query_heads % n_key_heads:
-        raise ValueError(
-            f"q has {n_query_heads} heads, k has {n_key_heads}: the first must be a multiple of the second"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: expected None or at least 1 (a token always sees itself)")
-
-
-def _check(q: Array, k: Array, v: Array, window: int | None, implementation: str) -> None:
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q is {q.dtype}: expected a floating-point dtype")
-    for name, array in {"k": k, "v": v}.items():
-        if array.dtype != q.dtype:
-            raise ValueError(f"{name} is {array.dtype}, q is {q.dtype}: they must be equal")
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k has batch {k.shape[0]}, q has {q.shape[0]}: they must be equal")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k has head width {k.shape[-1]}, q has {q.shape[-1]}: they must be equal")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v has batch, length and heads {v.shape[:3]}, k has {k.shape[:3]}: they must be equal")
-    check_heads_and_window(q.shape[2], k.shape[2], window)
-    names = typing.get_args(Implementation)
-    if implementation not in names:
-        raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(names)}")
-
-
-def _split_segments(
-    segment_ids: Array | tuple[Array, Array] | None, q: Array, k: Array
-) -> tuple[Array, Array] | tuple[None, None]:
-    if segment_ids is None:
-        return None, None
-    if isinstance(segment_ids, tuple):
-        for of, ids, rows in zip("qk", segment_ids, (q, k), strict=True):
-            if ids.shape != rows.shape[:2]:
-                raise ValueError(f"segment_ids for {of} are {ids.shape}, expected batch and length {rows.shape[:2]}")
-        return segment_ids
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(
-            f"segment_ids is one array but q has {q.shape[1]} rows and k has {k.shape[1]}: give a pair (queries, keys)"
-        )
-    if segment_ids.shape != q.shape[:2]:
-        raise ValueError(f"segment_ids are {segment_ids.shape}, expected batch and length {q.shape[:2]}")
-    return segment_ids, segment_ids

@@ -204,23 +204,3 @@ def test_empty_queries_and_empty_keys_are_served(n_queries: int, n_keys: int) ->
     assert out.shape == (1, n_queries, 2, 4)
     assert np.all(np.asarray(out) == 0)
     assert np.all(np.asarray(lse) == -np.inf)
-
-
-def shapes(
-    q: tuple[int, ...] = (1, 6, 4, 8), k: tuple[int, ...] = (1, 6, 2, 8), v: tuple[int, ...] = (1, 6, 2, 8)
-) -> Any:
-    return jnp.ones(q), jnp.ones(k), jnp.ones(v)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "options", "message"),
-    [
-        (shapes(), {"window": 0}, "window=0: expected None or at least 1"),
-        (shapes(), {"window": -3}, "window=-3"),
-        (shapes(q=(1, 6, 3, 8)), {}, "q has 3 heads, k has 2"),
-        (shapes(q=(1, 5, 4, 8)), {"segment_ids": jnp.zeros((1, 5), jnp.int32)}, "q has 5 rows and k has 6"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_named(arrays: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        flash_attention(*arrays, **options)
