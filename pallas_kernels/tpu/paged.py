@@ -30,6 +30,7 @@ class PagedSizes(NamedTuple):
     block_tokens: the most tokens of a block.
     row_entries: entries, of all heads of a unit, per matrix product by rows.
     packed_scores: rows times key heads up to which a tile is computed by rows.
+    row_tokens: the most tokens of a tile computed by rows.
     tile_rows: rows per key head of a tile computed by lanes.
     lanes: queries of one head whose scores are computed at once.
     chunk: tokens laid out by heads at once.
@@ -40,6 +41,7 @@ class PagedSizes(NamedTuple):
     block_tokens: int = 512
     row_entries: int = 1024
     packed_scores: int = 1024
+    row_tokens: int = 8
     tile_rows: int = 1024
     lanes: int = LANES
     chunk: int = 128
@@ -78,25 +80,17 @@ def paged_attention_tpu(
     sizes: PagedSizes | None = None,
 ) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
     """As `paged_attention_reference`. Not differentiable."""
-    (T, N, _), B = q.shape, lengths.shape[0]
-    out, lse = jnp.zeros((T, N, v_pages.shape[-1]), q.dtype), jnp.full((T, N), -jnp.inf, jnp.float32)
-    if not T:
-        return out, lse
+    T, N, _ = q.shape
+    results = jnp.zeros((T, N, v_pages.shape[-1]), q.dtype), jnp.full((T, 1, N), -jnp.inf, jnp.float32)
     run = _Run(q, k_pages, v_pages, page_table, query_starts, lengths, window, interpret, sizes or PagedSizes())
     K = k_pages.shape[2]
     ones = jnp.ones(K, jnp.float32)
     factors = ((ones if k_scale is None else k_scale) * (scale * LOG2_E), ones if v_scale is None else v_scale)
     counts = query_starts[1:] - query_starts[:-1]
-    packed = _power_of_two(run.sizes.packed_scores // (N * K))  # tokens of the largest tile by rows
-    share = 2 * _power_of_two(-(-T // B) - 1) if T > B else 1
-    if share <= packed:
-        return run.attend(run.call(share, by_rows=True), tile_count(T, B, share), counts > 0, factors, (out, lse))
-    if B > 1:
-        out, lse = run.attend(run.call(1, by_rows=True), min(T, B), counts == 1, factors, (out, lse))
-    lanes = run.sizes.lanes
-    tile = max(min(_power_of_two(T - 1) * 2, _power_of_two(run.sizes.tile_rows * K // N)), lanes)
-    many = counts > (1 if B > 1 else 0)
-    return run.attend(run.call(tile, by_rows=False), tile_count(T, B, tile), many, factors, (out, lse))
+    for call, most, chosen in run.calls(counts):
+        results = run.attend(call, most, chosen, factors, results)
+    out, lse = results
+    return out, lse[:, 0]
 
 
 def _power_of_two(n: int) -> int:
@@ -116,6 +110,25 @@ class _Run(NamedTuple):
     window: int | None
     interpret: Any
     sizes: PagedSizes
+
+    def calls(self, counts: Int[Array, "B"]) -> list[tuple[PagedCall, int, Bool[Array, "B"]]]:
+        """Kernel calls, the most tiles that each may need, and the sequences that it serves.
+
+        Few queries per sequence are one call by rows. Otherwise sequences with one query are decoded by rows, and the
+        others computed by lanes.
+        """
+        (T, N, _), B, K = self.q.shape, self.lengths.shape[0], self.k_pages.shape[2]
+        if not T:
+            return []
+        share = 1 << (-(-T // B) - 1).bit_length()
+        if share <= min(self.sizes.row_tokens, self.sizes.packed_scores // (N * K)) or share == 1:
+            return [(self.call(share, by_rows=True), tile_count(T, B, share), counts > 0)]
+        rows = min(_power_of_two(2 * T - 1), _power_of_two(self.sizes.tile_rows * K // N))
+        tile = max(rows, self.sizes.lanes)
+        by_lanes = self.call(tile, by_rows=False), tile_count(T, B, tile)
+        if B == 1:
+            return [(*by_lanes, counts > 0)]
+        return [(self.call(1, by_rows=True), min(T, B), counts == 1), (*by_lanes, counts > 1)]
 
     def call(self, tile: int, by_rows: bool) -> PagedCall:
         """The static description of a kernel call over tiles of `tile` tokens."""
@@ -144,32 +157,15 @@ class _Run(NamedTuple):
         most: int,
         chosen: Bool[Array, "B"],
         factors: tuple[Float[Array, "K"], Float[Array, "K"]],
-        results: tuple[Float[Array, "T N Hv"], Float[Array, "T N"]],
-    ) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
+        results: tuple[Float[Array, "T N Hv"], Float[Array, "T 1 N"]],
+    ) -> tuple[Float[Array, "T N Hv"], Float[Array, "T 1 N"]]:
         """`results` with the rows of the chosen sequences filled in; they need at most `most` tiles."""
-        (T, N, H), K, Hv = self.q.shape, call.kv_heads, self.v_pages.shape[-1]
-        table = jnp.pad(self.page_table, ((0, 0), (0, -call.paging.pages % call.paging.pages_per_piece)))
-        tiles = paged_tiles(self.query_starts, self.lengths, T, call.tile, most, chosen)
-        queries = self.q.at[tiles.rows].get(mode="fill", fill_value=0)  # [M, tile, N, H]
-        if call.by_rows:
-            constants = row_constants(call, *factors)
-            queries = queries.reshape(most, call.tile, call.units, -1, H).swapaxes(1, 2)
-            queries = queries.reshape(most, call.units, call.rows, H)
-        else:
-            constants = jnp.stack(factors)
-            queries = queries.reshape(most, call.tile, K, N // K, H).transpose(0, 2, 3, 1, 4)
-        mixed, sums = paged_call(
-            call, tiles.scalars, constants, queries, table, self.k_pages, self.v_pages, self.cost()
-        )
-        if call.by_rows:
-            shape = (most, call.units, call.tile, -1)
-            mixed = mixed.reshape(*shape, Hv).swapaxes(1, 2)
-            sums = sums.reshape(shape).swapaxes(1, 2)
-        else:
-            mixed, sums = mixed.transpose(0, 3, 1, 2, 4), sums[:, :, :, 0].transpose(0, 3, 1, 2)
-        out, lse = results
-        mixed, sums = mixed.reshape(most, call.tile, N, Hv), sums.reshape(most, call.tile, N)
-        return out.at[tiles.rows].set(mixed, mode="drop"), lse.at[tiles.rows].set(sums, mode="drop")
+        paging = call.paging
+        table = jnp.pad(self.page_table, ((0, 0), (0, -paging.pages % paging.pages_per_piece)))
+        scalars = paged_tiles(self.query_starts, self.lengths, call.tile, most, chosen)
+        constants = row_constants(call, *factors) if call.by_rows else jnp.stack(factors)
+        pools = (self.k_pages, self.v_pages)
+        return paged_call(call, scalars, constants, self.q, results, table, pools, self.cost())
 
     def cost(self) -> pl.CostEstimate:
         return pl.CostEstimate(flops=1, transcendentals=1, bytes_accessed=1)

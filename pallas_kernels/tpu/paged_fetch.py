@@ -44,7 +44,7 @@ def page_span(paging: Paging, scalars: TileScalars, m: Array) -> Span:
     """Pages of tile m that hold any key its rows see."""
     page = jnp.int32(paging.page)
     oldest = jnp.int32(0) if paging.window is None else jnp.maximum(scalars.first[m] - (paging.window - 1), 0)
-    return Span(jax.lax.div(oldest, page), jnp.minimum(jax.lax.div(scalars.last[m] + page, page), paging.pages))
+    return Span(jax.lax.div(oldest, page), jnp.minimum(jax.lax.div(scalars.last(m) + page, page), paging.pages))
 
 
 def block_span(paging: Paging, scalars: TileScalars, m: Array) -> Span:
@@ -144,7 +144,7 @@ class Pipeline(NamedTuple):
             self._piece(m, jax.lax.div(blocks.start, jnp.int32(self.blocks_per_piece)), jnp.int32(0)).start()
             self._start_block(m, blocks.start, jnp.int32(0))
 
-        @pl.loop(blocks.start, jnp.where(self.scalars.last[m] >= 0, blocks.stop, blocks.start))
+        @pl.loop(blocks.start, jnp.where(self.scalars.last(m) >= 0, blocks.stop, blocks.start))
         def _block(block: Array) -> None:
             count = self.counts[0]
             slot = count & 1

@@ -12,27 +12,30 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .launch import COMPILER_FLAGS
 from .paged_call import PagedCall, Seen
 from .paged_fetch import Pipeline
 from .paged_lanes import Lanes
+from .paged_queries import Queries
 from .paged_rows import Rows
-from .paged_tiles import TileScalars, loaded_tile
+from .paged_tiles import TileScalars
+
+SCALARS = len(TileScalars._fields)
 
 
 def _kernel(call: PagedCall, *refs: Any) -> None:
     """One tile of the grid."""
-    scalars, refs = TileScalars(*refs[: len(TileScalars._fields)]), refs[len(TileScalars._fields) :]
-    (constants, q, table, k_pages, v_pages), (out, lse), refs = refs[:5], refs[5:7], refs[7:]
-    buffers, fetching, scratch = (refs[0], refs[1]), refs[2:6], refs[6:]
+    scalars, (constants, q, _, _, table, *pools) = TileScalars(*refs[:SCALARS]), refs[SCALARS : SCALARS + 7]
+    results, buffers, refs = refs[SCALARS + 7 : SCALARS + 9], refs[SCALARS + 9 : SCALARS + 11], refs[SCALARS + 11 :]
+    queries = Queries(scalars, q, *results, *refs[4:9])
+    pipeline = Pipeline(call.paging, scalars, table, (pools[0], pools[1]), (buffers[0], buffers[1]), *refs[:4])
     m, window, block_tokens = pl.program_id(0), call.paging.window, call.paging.block
-    pipeline = Pipeline(call.paging, scalars, table, (k_pages, v_pages), buffers, *fetching)
     first = scalars.first[m]
     oldest = jnp.int32(0) if window is None else jnp.maximum(first - (window - 1), 0)
-    seen = Seen(first, scalars.last[m], oldest)
-    tile = (Rows if call.by_rows else Lanes)(call, seen, constants, q, out, lse, buffers, *scratch)
+    seen = Seen(first, scalars.last(m), oldest)
+    tile = (Rows if call.by_rows else Lanes)(call, seen, constants, (buffers[0], buffers[1]), *refs[9:])
 
     def compute(block: Array, slot: Array) -> None:
         bare = seen.bare(block * block_tokens, block_tokens, window)
@@ -47,60 +50,59 @@ def _kernel(call: PagedCall, *refs: Any) -> None:
 
     @pl.when(m < scalars.used[0])
     def _tile() -> None:
-        tile.start()
+        tile.start(queries.q_buffers.at[queries.await_queries(m)])
         pipeline.for_each_block(m, compute)
-        tile.finish()
+        queries.await_buffers(m)
+        tile.finish(queries.out_buffer, queries.lse_buffer)
+        queries.store(m)
+
+
+def _scratch(call: PagedCall, q: Array, k_pages: Any, v_pages: Any) -> list[Any]:
+    """Scratch in the order in which `_kernel` takes it."""
+    (_, N, H), Hv, paging = q.shape, v_pages.shape[-1], call.paging
+    return [
+        *[pltpu.VMEM((2, paging.pages_per_block, *x.shape[1:]), x.dtype) for x in (k_pages, v_pages)],
+        pltpu.SMEM((2, paging.pages_per_piece), jnp.int32),
+        pltpu.SMEM((2,), jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2, 2)),
+        pltpu.VMEM((2, call.tile, N, H), q.dtype),
+        pltpu.VMEM((call.tile, N, Hv), q.dtype),
+        pltpu.VMEM((call.tile, 1, N), jnp.float32),
+        *[pltpu.SemaphoreType.DMA((2,))] * 2,
+        *(Rows if call.by_rows else Lanes).scratch(call, H, Hv, q.dtype),
+    ]
 
 
 def paged_call(
     call: PagedCall,
     scalars: TileScalars,
     constants: Float[Array, "..."],
-    q: Float[Array, "M *rows H"],
-    page_table: Any,
-    k_pages: Any,
-    v_pages: Any,
+    q: Float[Array, "T N H"],
+    results: tuple[Float[Array, "T N Hv"], Float[Array, "T 1 N"]],
+    page_table: Int[Array, "B pages"],
+    pools: tuple[Any, Any],
     cost: pl.CostEstimate,
-) -> tuple[Float[Array, "M *rows Hv"], Float[Array, "M ..."]]:
-    """Mixed values in the dtype of q, laid out like it, and the natural log-sum-exp, of every tile.
-
-    By rows, q is [M, U, rows, H] and the sums [M, U, rows, 1]; by lanes [M, K, G, tile, H] and [M, K, G, 1, tile].
-    """
-    (M, *rows, H), Hv, paging = q.shape, v_pages.shape[-1], call.paging
-    sums = (*rows, 1) if call.by_rows else (*rows[:-1], 1, rows[-1])
-
-    def per_tile(*shape: int) -> pl.BlockSpec:
-        zeros = (0,) * len(shape)
-        return pl.BlockSpec((None, *shape), lambda m, *refs: (loaded_tile(m, TileScalars(*refs)), *zeros))
-
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    buffers = [pltpu.VMEM((2, paging.pages_per_block, *x.shape[1:]), x.dtype) for x in (k_pages, v_pages)]
-    fetching = [
-        pltpu.SMEM((2, paging.pages_per_piece), jnp.int32),
-        pltpu.SMEM((2,), jnp.int32),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SemaphoreType.DMA((2, 2)),
-    ]
-    whole = pl.BlockSpec(
-        constants.shape, lambda m, *refs: (0,) * constants.ndim, memory_space=pltpu.VMEM if call.by_rows else pltpu.SMEM
-    )
+) -> tuple[Float[Array, "T N Hv"], Float[Array, "T 1 N"]]:
+    """`results` (mixed values, natural log-sum-exp) with the rows of every tile overwritten."""
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    shape, rank = constants.shape, constants.ndim
+    space = pltpu.VMEM if call.by_rows else pltpu.SMEM
     return pl.pallas_call(
         functools.partial(_kernel, call),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(M,),
-            in_specs=[whole, per_tile(*rows, H), *[anywhere] * 3],
-            out_specs=[per_tile(*rows, Hv), per_tile(*sums)],
-            scratch_shapes=[*buffers, *fetching, *(Rows if call.by_rows else Lanes).scratch(call, H, Hv, q.dtype)],
+            num_scalar_prefetch=SCALARS,
+            grid=scalars.sequence.shape,
+            in_specs=[pl.BlockSpec(shape, lambda m, *refs: (0,) * rank, memory_space=space), *[in_hbm] * 6],
+            out_specs=[in_hbm] * 2,
+            scratch_shapes=_scratch(call, q, *pools),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((M, *rows, Hv), q.dtype),
-            jax.ShapeDtypeStruct((M, *sums), jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
+        input_output_aliases={SCALARS + 2: 0, SCALARS + 3: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=call.vmem_limit_bytes, flags=COMPILER_FLAGS
         ),
         cost_estimate=cost,
         interpret=call.interpret,
         name=f"paged_attention_{'rows' if call.by_rows else 'lanes'}",
-    )(*scalars, constants, q, page_table, k_pages, v_pages)
+    )(*scalars, constants, q, *results, page_table, *pools)

@@ -21,6 +21,8 @@ from .tiles import LOG2_E, dot
 
 # Units whose scores are asked of the matrix unit before the softmax of the current one: it then works during softmax.
 UNITS_AHEAD = 2
+# Queries or results whose heads and tokens change places at once: what the registers hold.
+TOKENS_TURNED = 32
 
 
 class Lanes(NamedTuple):
@@ -29,10 +31,10 @@ class Lanes(NamedTuple):
     call: PagedCall
     seen: Seen
     constants: Any  # SMEM [2, K]: factors of scores and of values
-    q: Any  # [K, G, tile, H]
-    out: Any  # [K, G, tile, Hv]
-    lse: Any  # [K, G, 1, tile]
     buffers: tuple[Any, Any]  # [2, pages_per_block, ...]
+    q: Any  # [N, tile, H]
+    mixed: Any  # [N, tile, Hv]
+    sums: Any  # [N, tile]
     acc: Any  # [K, G, Hv, tile]
     top: Any  # [K, G, 1, tile]
     total: Any  # [K, G, 1, tile]
@@ -41,13 +43,22 @@ class Lanes(NamedTuple):
 
     @staticmethod
     def scratch(call: PagedCall, H: int, Hv: int, dtype: Any) -> list[Any]:
-        """Shapes of the scratch, from `acc` on."""
-        K, block = call.kv_heads, call.paging.block
-        statistics = [pltpu.VMEM((K, call.groups, rows, call.tile), jnp.float32) for rows in (Hv, 1, 1)]
-        return [*statistics, pltpu.VMEM((K, block, H), dtype), pltpu.VMEM((K, Hv, block), dtype)]
+        """Shapes of the scratch, from `q` on."""
+        K, N, block, tile = call.kv_heads, call.kv_heads * call.groups, call.paging.block, call.tile
+        return [
+            pltpu.VMEM((N, tile, H), dtype),
+            pltpu.VMEM((N, tile, Hv), dtype),
+            pltpu.VMEM((N, tile), jnp.float32),
+            *[pltpu.VMEM((K, call.groups, rows, tile), jnp.float32) for rows in (Hv, 1, 1)],
+            pltpu.VMEM((K, block, H), dtype),
+            pltpu.VMEM((K, Hv, block), dtype),
+        ]
 
-    def start(self) -> None:
-        """Before the first block."""
+    def start(self, queries: Any) -> None:
+        """Before the first block. `queries` [tile, N, H] are laid out by heads."""
+        for start in range(0, self.call.tile, TOKENS_TURNED):
+            tokens = slice(start, start + TOKENS_TURNED)
+            self.q[:, tokens, :] = queries[tokens].swapaxes(0, 1)
 
         @pl.loop(0, self.call.kv_heads)
         def _head(u: Array) -> None:
@@ -65,17 +76,24 @@ class Lanes(NamedTuple):
         def _head(u: Array) -> None:
             self._head(u, base, masked)
 
-    def finish(self) -> None:
-        """After the last block."""
+    def finish(self, out: Any, lse: Any) -> None:
+        """After the last block: the results of the tile, `out` [tile, N, Hv] and `lse` [tile, 1, N]."""
+        groups = self.call.groups
 
         @pl.loop(0, self.call.kv_heads)
         def _head(u: Array) -> None:
-            for g in range(self.call.groups):
+            for g in range(groups):
                 total = self.total[u, g]  # [1, tile]
                 seen = total > 0
                 mixed = self.acc[u, g] * (self.constants[1, u] / jnp.where(seen, total, 1.0))  # [Hv, tile]
-                self.out[u, g] = mixed.T.astype(self.out.dtype)
-                self.lse[u, g] = jnp.where(seen, (self.top[u, g] + jnp.log2(total)) / LOG2_E, -jnp.inf)
+                self.mixed[u * groups + g] = mixed.T.astype(out.dtype)
+                sums = jnp.where(seen, (self.top[u, g] + jnp.log2(total)) / LOG2_E, -jnp.inf)
+                self.sums[pl.ds(u * groups + g, 1), :] = sums
+
+        for start in range(0, self.call.tile, TOKENS_TURNED):
+            tokens = slice(start, start + TOKENS_TURNED)
+            out[tokens] = self.mixed[:, tokens, :].swapaxes(0, 1)
+        lse[:, 0, :] = self.sums[...].T
 
     def _lay_out(self, base: Array, slot: Array, start: int, masked: bool) -> None:
         """Copies a chunk of tokens to `keys` and `values`, head by head; values nobody sees become zero."""
@@ -103,7 +121,7 @@ class Lanes(NamedTuple):
         masks = {start: self._mask(base, start) if masked else None for start in starts}
 
         def scores_of(g: int, start: int) -> Float[Array, "block lanes"]:
-            product = dot(keys, self.q[u, g, start : start + call.lanes, :], (1, 1)) * factor
+            product = dot(keys, self.q[u * call.groups + g, start : start + call.lanes, :], (1, 1)) * factor
             return product if masks[start] is None else jnp.where(masks[start], product, -jnp.inf)
 
         units = [(g, start) for g in range(call.groups) for start in starts]

@@ -42,23 +42,23 @@ class Rows(NamedTuple):
     call: PagedCall
     seen: Seen
     constants: Any  # [U, rows, 4]
-    q: Any  # [U, rows, H]
-    out: Any  # [U, rows, Hv]
-    lse: Any  # [U, rows, 1]
     buffers: tuple[Any, Any]  # [2, pages_per_block, ...]
+    q: Any  # [U, rows, H]
     acc: Any  # [U, rows, Hv]
     top: Any  # [U, rows, 1]
     total: Any  # [U, rows, 1]
 
     @staticmethod
     def scratch(call: PagedCall, H: int, Hv: int, dtype: Any) -> list[Any]:
-        """Shapes of `acc`, `top` and `total`."""
-        del H, dtype
+        """Shapes of the scratch, from `q` on."""
         shape = (call.units, call.rows)
-        return [pltpu.VMEM((*shape, width), jnp.float32) for width in (Hv, 1, 1)]
+        return [pltpu.VMEM((*shape, H), dtype), *[pltpu.VMEM((*shape, width), jnp.float32) for width in (Hv, 1, 1)]]
 
-    def start(self) -> None:
-        """Before the first block."""
+    def start(self, queries: Any) -> None:
+        """Before the first block. `queries` [tile, N, H] are laid out by units."""
+        heads = self.call.groups * self.call.heads_per_unit
+        for unit in range(self.call.units):
+            self.q[unit] = queries[:, unit * heads : (unit + 1) * heads, :].reshape(self.call.rows, -1)
         self.acc[...] = jnp.zeros(self.acc.shape, self.acc.dtype)
         self.top[...] = jnp.full(self.top.shape, LOWEST_TOP, self.top.dtype)
         self.total[...] = jnp.zeros(self.total.shape, self.total.dtype)
@@ -69,14 +69,19 @@ class Rows(NamedTuple):
             for unit in range(self.call.units):
                 self._chunk(block, slot, start, unit, masked)
 
-    def finish(self) -> None:
-        """After the last block."""
+    def finish(self, out: Any, lse: Any) -> None:
+        """After the last block: the results of the tile, `out` [tile, N, Hv] and `lse` [tile, 1, N]."""
+        heads = self.call.groups * self.call.heads_per_unit
         for unit in range(self.call.units):
             total = self.total[unit]
             seen = total > 0
             factor = self._constant(unit, V_FACTOR) / jnp.where(seen, total, 1.0)
-            self.out[unit] = (self.acc[unit] * factor).astype(self.out.dtype)
-            self.lse[unit] = jnp.where(seen, (self.top[unit] + jnp.log2(total)) / LOG2_E, -jnp.inf)
+            mixed = (self.acc[unit] * factor).astype(out.dtype)  # [rows, Hv]
+            sums = jnp.where(seen, (self.top[unit] + jnp.log2(total)) / LOG2_E, -jnp.inf).T  # [1, rows]
+            for token in range(self.call.tile):
+                rows, of_unit = slice(token * heads, (token + 1) * heads), slice(unit * heads, (unit + 1) * heads)
+                out[token, of_unit, :] = mixed[rows]
+                lse[token, :, of_unit] = sums[:, rows]
 
     def _constant(self, unit: int, column: int) -> Float[Array, "rows 1"]:
         return self.constants[unit][:, column : column + 1]
