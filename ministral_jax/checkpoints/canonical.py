@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +38,7 @@ _NOT_BY_ROW = (
 )
 
 
+@runtime_checkable
 class StoredTensor(Protocol):
     """What a header says of a tensor."""
 
@@ -48,6 +49,7 @@ class StoredTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Opened files of weights: their tensors by the names in the files, and reads of any run of elements."""
 

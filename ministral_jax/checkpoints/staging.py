@@ -24,7 +24,6 @@ from .manifest import MANIFEST, FileRecord
 
 JOURNAL, NEW, REPLACED, LOCK = "journal.jsonl", "new", "replaced", "lock"
 _NEW_JOURNAL = f".{JOURNAL}"
-_READ_BYTES = 16 * 2**20
 _CHECKPOINT_MARKS = (*CONFIG_FILE_NAMES.values(), PEFT_CONFIG, MANIFEST)
 
 
@@ -170,12 +169,8 @@ def file_identities(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 def sha256_of(path: Path) -> FileRecord:
     """Size and SHA-256 of a file, read in pieces."""
-    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-    return FileRecord(size, digest.hexdigest())
+        return FileRecord(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _is(path: Path, record: FileRecord) -> bool:

@@ -1,0 +1,444 @@
+"""Conversion between layouts: every tensor to the byte, every config key, and what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ministral_jax.checkpoints.compare import compare
+from ministral_jax.checkpoints.convert import convert
+from ministral_jax.checkpoints.opening import open_checkpoint
+from ministral_jax.errors import CheckpointError, MinistralError
+from tests.architecture_files import (
+    EXAMPLES,
+    LARGE_3,
+    Tensors,
+    hf_tensors,
+    make,
+    mistral_tensors,
+    read_file,
+    write_example,
+)
+from tests.checkpoint_files import tiny_config
+
+WEIGHTS = {"mistral": "consolidated.safetensors", "hf": "model.safetensors"}
+CONFIG = {"mistral": "params.json", "hf": "config.json"}
+UNKNOWN: dict[str, Any] = {"trained_by": {"whom": ["us", 1]}, "expert_parallel": 1, "notes": None}
+
+
+def tensors_of(folder: Path) -> Tensors:
+    return {name: values for file in folder.glob("*.safetensors") for name, values in read_file(file).items()}
+
+
+def assert_same_tensors(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype, name
+        assert found[name].shape == values.shape, name
+        assert found[name].tobytes() == values.tobytes(), name
+
+
+def document(folder: Path, layout: str) -> dict[str, Any]:
+    return json.loads((folder / CONFIG[layout]).read_text())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_architecture_goes_from_mistral_to_hf_and_back_byte_by_byte(tmp_path, name):
+    example = EXAMPLES[name]()
+    written = write_example(tmp_path / "a", example, "mistral", UNKNOWN)
+    convert(tmp_path / "a", tmp_path / "b", to="hf")
+    assert_same_tensors(tensors_of(tmp_path / "b"), hf_tensors(example))
+    convert(tmp_path / "b", tmp_path / "c", to="mistral")
+    assert_same_tensors(tensors_of(tmp_path / "c"), written)
+    assert document(tmp_path / "c", "mistral") == document(tmp_path / "a", "mistral")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_architecture_goes_from_hf_to_mistral_and_back_byte_by_byte(tmp_path, name):
+    example = EXAMPLES[name]()
+    written = write_example(tmp_path / "a", example, "hf", UNKNOWN)
+    convert(tmp_path / "a", tmp_path / "b", to="mistral")
+    assert_same_tensors(tensors_of(tmp_path / "b"), mistral_tensors(example))
+    convert(tmp_path / "b", tmp_path / "c", to="hf")
+    assert_same_tensors(tensors_of(tmp_path / "c"), written)
+    assert document(tmp_path / "c", "hf") == document(tmp_path / "a", "hf")
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_older_prefixes_of_the_hf_layout_are_read(tmp_path, prefix):
+    example = EXAMPLES["vision"]()
+    tensors = write_example(tmp_path / "a", example, "hf")
+    older = {
+        name.replace("model.language_model.", prefix).replace("model.vision", "vision").replace("model.multi", "multi")
+        if "lm_head" not in name else f"language_model.{name}": values
+        for name, values in tensors.items()
+    }  # fmt: skip
+    save_file(older, tmp_path / "a" / WEIGHTS["hf"])
+    convert(tmp_path / "a", tmp_path / "b", to="mistral")
+    assert_same_tensors(tensors_of(tmp_path / "b"), mistral_tensors(example))
+
+
+def test_a_tied_head_stays_absent_and_a_present_one_present(tmp_path):
+    example = EXAMPLES["ministral3_tied"]()
+    write_example(tmp_path / "absent", example, "mistral")
+    convert(tmp_path / "absent", tmp_path / "absent_hf", to="hf")
+    assert "lm_head.weight" not in tensors_of(tmp_path / "absent_hf")
+    example.tensors["output.weight"] = example.tensors["tok_embeddings.weight"]
+    write_example(tmp_path / "present", example, "mistral")
+    convert(tmp_path / "present", tmp_path / "present_hf", to="hf")
+    assert "lm_head.weight" in tensors_of(tmp_path / "present_hf")
+
+
+def test_large_3_has_no_hf_form_and_goes_elsewhere(tmp_path):
+    example = make(LARGE_3)
+    written = write_example(tmp_path / "a", example, "mistral")
+    with pytest.raises(CheckpointError, match=r"Large 3 has no HF form.*expected --to mistral or --to orbax"):
+        convert(tmp_path / "a", tmp_path / "b", to="hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    convert(tmp_path / "a", tmp_path / "c", to="mistral", max_shard_bytes=50_000)
+    assert_same_tensors(tensors_of(tmp_path / "c"), written)
+
+
+def test_experts_with_a_scale_each_are_not_fused(tmp_path):
+    from tests.architecture_files import SMALL_4, fp8_static
+
+    config = dataclasses.replace(SMALL_4, quantization=EXAMPLES["vision_fp8"]().config.quantization)
+    write_example(tmp_path / "a", make(config, fp8_static), "mistral")
+    with pytest.raises(CheckpointError, match=r"'layers\.0\.experts\.0\.w1\.qscale_\w+' scales one expert.*one scale"):
+        convert(tmp_path / "a", tmp_path / "b", to="hf")
+
+
+def test_blocks_of_rows_that_a_head_spans_are_refused(tmp_path):
+    from tests.architecture_files import fp8_block
+
+    wide = tiny_config("mistral", head_dim=256, n_heads=2, n_kv_heads=1, n_layers=1)
+    config = dataclasses.replace(wide, quantization=EXAMPLES["fp8_block"]().config.quantization)
+    write_example(tmp_path / "a", make(config, fp8_block), "mistral")
+    with pytest.raises(
+        CheckpointError, match=r"'layers\.0\.attention\.wq\.weight_scale' .*span its blocks of 128 rows"
+    ):
+        convert(tmp_path / "a", tmp_path / "b", to="hf")
+
+
+def test_computed_buffers_and_cache_quantizers_are_left_behind_and_counted(tmp_path):
+    tensors = write_example(tmp_path / "a", EXAMPLES["mistral"](), "mistral")
+    extra = {
+        "layers.0.attention.k_fake_quantizer.qscale_act": np.zeros((), np.float32),
+        "layers.0.attention.rotary_emb.inv_freq": np.zeros(4, np.float32),
+    }
+    save_file(tensors | extra, tmp_path / "a" / WEIGHTS["mistral"])
+    report = convert(tmp_path / "a", tmp_path / "b", to="hf")
+    assert report.dropped == {"fake quantizer": 1, "rotary buffer": 1}
+    assert_same_tensors(tensors_of(tmp_path / "b"), hf_tensors(EXAMPLES["mistral"]()))
+
+
+class TestFiles:
+    @pytest.fixture
+    def source(self, tmp_path) -> Path:
+        write_example(tmp_path / "a", EXAMPLES["ministral"](), "mistral")
+        (tmp_path / "a" / "tekken.json").write_text('{"a": 1}')
+        (tmp_path / "a" / "generation_config.json").write_text("{}")
+        (tmp_path / "a" / "SYSTEM_PROMPT.txt").write_text("be kind")
+        (tmp_path / "a" / "unrelated.bin").write_bytes(b"x")
+        return tmp_path / "a"
+
+    def test_tokenizer_and_small_files_come_along_and_others_do_not(self, source, tmp_path):
+        convert(source, tmp_path / "b", to="hf")
+        names = {path.name for path in (tmp_path / "b").iterdir()}
+        assert names == {
+            "config.json", "model.safetensors", "conversion.json", "tekken.json", "generation_config.json",
+            "SYSTEM_PROMPT.txt",
+        }  # fmt: skip
+        assert (tmp_path / "b" / "tekken.json").read_text() == '{"a": 1}'
+
+    def test_the_manifest_has_the_checksum_of_every_other_file(self, source, tmp_path):
+        import hashlib
+
+        convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000)
+        files = json.loads((tmp_path / "b" / "conversion.json").read_text())["files"]
+        assert len(files) > 5
+        assert files.keys() == {path.name for path in (tmp_path / "b").iterdir()} - {"conversion.json"}
+        for name, record in files.items():
+            raw = (tmp_path / "b" / name).read_bytes()
+            assert record == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+    @pytest.mark.parametrize("to", ["mistral", "hf"])
+    def test_numbered_files_hold_no_more_than_asked_and_their_index_fits(self, source, tmp_path, to):
+        convert(source, tmp_path / "b", to=to, max_shard_bytes=40_000, verify=True)
+        stem = WEIGHTS[to].removesuffix(".safetensors")
+        index = json.loads((tmp_path / "b" / f"{stem}.safetensors.index.json").read_text())
+        tensors = tensors_of(tmp_path / "b")
+        assert index["weight_map"].keys() == tensors.keys()
+        assert index["metadata"]["total_size"] == sum(values.nbytes for values in tensors.values())
+        for path in (tmp_path / "b").glob("*.safetensors"):
+            held = read_file(path)
+            assert sum(values.nbytes for values in held.values()) <= 40_000 or len(held) == 1
+            assert all(index["weight_map"][name] == path.name for name in held)
+
+    def test_the_same_conversion_writes_the_same_bytes(self, source, tmp_path):
+        for target in ("b", "c"):
+            convert(source, tmp_path / target, to="hf", max_shard_bytes=40_000)
+        contents = [{path.name: path.read_bytes() for path in (tmp_path / t).iterdir()} for t in ("b", "c")]
+        assert contents[0] == contents[1]
+
+    def test_a_dry_run_tells_names_and_sizes_and_writes_nothing(self, source, tmp_path):
+        plan = convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000, dry_run=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        done = convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000)
+        assert plan == done
+        assert all((tmp_path / "b" / name).stat().st_size == size for name, size in plan.files.items())
+
+    def test_what_is_there_is_replaced_only_by_force_and_only_a_checkpoint(self, source, tmp_path):
+        convert(source, tmp_path / "b", to="hf")
+        with pytest.raises(CheckpointError, match="b: exists; expected a new name, or --force"):
+            convert(source, tmp_path / "b", to="mistral")
+        convert(source, tmp_path / "b", to="mistral", force=True)
+        assert {path.suffix for path in (tmp_path / "b").iterdir()} == {".json", ".safetensors", ".txt"}
+        assert not (tmp_path / "b" / "config.json").exists()
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("years")
+        with pytest.raises(CheckpointError, match="mine: is no checkpoint and is not replaced"):
+            convert(source, tmp_path / "mine", to="hf", force=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "mine"]
+
+    @pytest.mark.parametrize("target", ["a", "."])
+    def test_the_source_is_never_the_target(self, source, tmp_path, target):
+        before = {path: path.read_bytes() for path in source.iterdir()}
+        with pytest.raises(CheckpointError, match="holds the source; expected another folder"):
+            convert(source, tmp_path / target, to="hf", force=True)
+        assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
+class TestDtype:
+    def test_dense_weights_are_cast_and_the_config_says_so(self, tmp_path):
+        example = EXAMPLES["mistral"]()
+        write_example(tmp_path / "a", example, "mistral", {"dtype": "bfloat16"})
+        convert(tmp_path / "a", tmp_path / "b", to="hf", dtype="float32", verify=True)
+        expected = {name: values.astype(np.float32) for name, values in hf_tensors(example).items()}
+        assert_same_tensors(tensors_of(tmp_path / "b"), expected)
+        assert document(tmp_path / "b", "hf")["dtype"] == "float32"
+        convert(tmp_path / "b", tmp_path / "c", to="mistral")
+        assert document(tmp_path / "c", "mistral")["dtype"] == "float32"
+
+    def test_quantised_weights_and_scales_are_not(self, tmp_path):
+        example = EXAMPLES["vision_fp8"]()
+        write_example(tmp_path / "a", example, "mistral")
+        convert(tmp_path / "a", tmp_path / "b", to="hf", dtype="float16")
+        for name, values in tensors_of(tmp_path / "b").items():
+            original = hf_tensors(example)[name]
+            if original.dtype == ml_dtypes.bfloat16 and name.endswith(".weight"):
+                assert values.dtype == np.float16
+            else:
+                assert values.dtype == original.dtype
+
+    def test_a_value_that_does_not_fit_is_refused_and_not_made_infinite(self, tmp_path):
+        example = EXAMPLES["mistral"]()
+        example.tensors["norm.weight"][3] = 1e6
+        write_example(tmp_path / "a", example, "mistral")
+        with pytest.raises(CheckpointError, match=r"'norm\.weight' has values beyond float16"):
+            convert(tmp_path / "a", tmp_path / "b", to="hf", dtype="float16")
+        assert not (tmp_path / "b").exists()
+        convert(tmp_path / "a", tmp_path / "b", to="hf", dtype="float32")
+
+
+class TestOrbax:
+    @pytest.mark.parametrize("name", ["ministral", "vision_fp8", "nvfp4"])
+    @pytest.mark.parametrize("layout", ["mistral", "hf"])
+    def test_to_orbax_and_back_keeps_every_byte(self, tmp_path, name, layout):
+        written = write_example(tmp_path / "a", EXAMPLES[name](), layout, UNKNOWN)
+        convert(tmp_path / "a", tmp_path / "b", to="orbax", verify=True)
+        convert(tmp_path / "b", tmp_path / "c", to=layout)
+        assert_same_tensors(tensors_of(tmp_path / "c"), written)
+        assert document(tmp_path / "c", layout) == document(tmp_path / "a", layout)
+
+    def test_orbax_itself_restores_the_parameters_as_memory_has_them(self, tmp_path):
+        import orbax.checkpoint as ocp
+
+        example = EXAMPLES["mistral"]()
+        write_example(tmp_path / "a", example, "mistral")
+        convert(tmp_path / "a", tmp_path / "b", to="orbax")
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(tmp_path / "b" / "orbax")
+        found = np.asarray(tree["layers"]["1"]["attention"]["wq"]["weight"])
+        np.testing.assert_array_equal(found, example.tensors["layers.1.attention.wq.weight"])
+
+    def test_a_damaged_folder_is_one_line(self, tmp_path):
+        write_example(tmp_path / "a", EXAMPLES["mistral"](), "mistral")
+        convert(tmp_path / "a", tmp_path / "b", to="orbax")
+        (tmp_path / "b" / "orbax" / "_METADATA").write_text("{")
+        with pytest.raises(CheckpointError, match="orbax: cannot be read by orbax") as caught:
+            convert(tmp_path / "b", tmp_path / "c", to="mistral")
+        assert "\n" not in str(caught.value)
+
+
+class TestBetweenRuns:
+    """What another run left, or did not: journal and partial folder."""
+
+    @pytest.fixture
+    def source(self, tmp_path) -> Path:
+        write_example(tmp_path / "a", EXAMPLES["ministral"](), "mistral")
+        return tmp_path / "a"
+
+    def interrupted(self, source: Path, target: Path, monkeypatch, **options: Any) -> None:
+        """A run that ends after its second file."""
+        from ministral_jax.checkpoints import convert as module
+
+        with monkeypatch.context() as patch:
+            calls = iter([module.write_streamed, module.write_streamed])
+
+            def write(*arguments: Any) -> str:
+                try:
+                    return next(calls)(*arguments)
+                except StopIteration:
+                    raise KeyboardInterrupt from None
+
+            patch.setattr(module, "write_streamed", write)
+            with pytest.raises(KeyboardInterrupt):
+                convert(source, target, to="hf", max_shard_bytes=40_000, **options)
+        assert not target.exists()
+
+    def test_finished_files_are_taken_over(self, source, tmp_path, monkeypatch):
+        self.interrupted(source, tmp_path / "b", monkeypatch)
+        report = convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000, verify=True)
+        assert [name[:11] for name in report.resumed] == ["model-00001", "model-00002"]
+        assert_same_tensors(tensors_of(tmp_path / "b"), hf_tensors(EXAMPLES["ministral"]()))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+    def test_a_finished_file_that_was_damaged_meanwhile_is_written_again(self, source, tmp_path, monkeypatch):
+        self.interrupted(source, tmp_path / "b", monkeypatch)
+        victim = sorted((tmp_path / "b.partial" / "new").glob("model-00001*"))[0]
+        raw = bytearray(victim.read_bytes())
+        raw[-1] ^= 1
+        victim.write_bytes(raw)
+        assert len(convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000).resumed) == 1
+        assert_same_tensors(tensors_of(tmp_path / "b"), hf_tensors(EXAMPLES["ministral"]()))
+
+    def test_a_changed_source_is_told_and_begun_anew_only_by_force(self, source, tmp_path, monkeypatch):
+        self.interrupted(source, tmp_path / "b", monkeypatch)
+        path = source / WEIGHTS["mistral"]
+        path.write_bytes(path.read_bytes())
+        with pytest.raises(CheckpointError, match=r"b\.partial: was begun from other files: consolidated\.safetensors"):
+            convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000)
+        assert not (tmp_path / "b").exists()
+        assert not convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000, force=True).resumed
+
+    def test_other_options_are_told(self, source, tmp_path, monkeypatch):
+        self.interrupted(source, tmp_path / "b", monkeypatch)
+        with pytest.raises(CheckpointError, match=r"b\.partial: was begun with other options"):
+            convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000, dtype="float32")
+
+    def test_a_source_that_changes_under_the_run_gets_no_name(self, source, tmp_path, monkeypatch):
+        from ministral_jax.checkpoints import convert as module
+
+        path, write = source / WEIGHTS["mistral"], module.write_streamed
+
+        def writing(*arguments: Any) -> str:
+            written = write(*arguments)
+            path.write_bytes(path.read_bytes())
+            return written
+
+        monkeypatch.setattr(module, "write_streamed", writing)
+        with pytest.raises(CheckpointError, match="was changed while it was read"):
+            convert(source, tmp_path / "b", to="hf")
+        assert not (tmp_path / "b").exists()
+
+    def test_a_torn_last_line_of_the_journal_counts_for_nothing(self, source, tmp_path, monkeypatch):
+        self.interrupted(source, tmp_path / "b", monkeypatch)
+        journal = tmp_path / "b.partial" / "journal.jsonl"
+        journal.write_bytes(journal.read_bytes()[:-7])
+        assert len(convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000).resumed) == 1
+
+    def test_a_run_killed_right_after_the_renaming_is_finished(self, source, tmp_path, monkeypatch):
+        from ministral_jax.checkpoints import staging
+
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "_remove", lambda partial: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                convert(source, tmp_path / "b", to="hf")
+        assert (tmp_path / "b").is_dir()
+        convert(source, tmp_path / "b", to="hf")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+        with pytest.raises(CheckpointError, match="exists"):
+            convert(source, tmp_path / "b", to="hf")
+
+    def test_a_checkpoint_moved_aside_by_a_killed_run_comes_back(self, source, tmp_path, monkeypatch):
+        convert(source, tmp_path / "b", to="hf")
+        (tmp_path / "b.partial").mkdir()
+        (tmp_path / "b").rename(tmp_path / "b.partial" / "replaced")
+        self.interrupted(source, tmp_path / "b2", monkeypatch)
+        convert(source, tmp_path / "b", to="mistral")
+        assert (tmp_path / "b" / "params.json").is_file()
+        assert not (tmp_path / "b.partial").exists()
+
+    def test_two_runs_at_once_are_refused(self, source, tmp_path):
+        from ministral_jax.checkpoints.staging import Staging
+
+        with (
+            Staging(tmp_path / "b", {"source": {}}, force=False),
+            pytest.raises(CheckpointError, match="another conversion is writing here"),
+        ):
+            convert(source, tmp_path / "b", to="hf")
+
+    def test_a_full_disk_is_one_line_and_the_rest_goes_on_later(self, source, tmp_path, monkeypatch):
+        from ministral_jax.checkpoints import safetensors_writer
+
+        real, count = safetensors_writer._write, iter(range(100))
+
+        def failing(write: Any, *rest: Any) -> None:
+            if next(count) == 2:
+                write = lambda piece: (_ for _ in ()).throw(OSError(28, "No space left on device"))  # noqa: E731
+            real(write, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors_writer, "_write", failing)
+            with pytest.raises(CheckpointError, match=r"model-00003.*cannot be written \(No space left on device\)"):
+                convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000)
+        assert not (tmp_path / "b").exists()
+        assert len(convert(source, tmp_path / "b", to="hf", max_shard_bytes=40_000).resumed) == 2
+
+    def test_a_disk_without_room_is_refused_before_anything_is_written(self, source, tmp_path, monkeypatch):
+        import shutil
+
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(CheckpointError, match=r"the disk has 1000 bytes free, expected [0-9]+ for the rest"):
+            convert(source, tmp_path / "b", to="hf")
+
+    @pytest.mark.parametrize("place", ["/proc/nowhere/b", "/dev/null/b"])
+    def test_a_place_that_cannot_be_written_is_one_line(self, source, place):
+        with pytest.raises(MinistralError, match=r"cannot be written") as caught:
+            convert(source, place, to="hf")
+        assert "\n" not in str(caught.value)
+
+
+def test_verification_finds_a_flipped_bit(tmp_path, monkeypatch):
+    from ministral_jax.checkpoints import convert as module
+
+    write_example(tmp_path / "a", EXAMPLES["mistral"](), "mistral")
+    real = module._target_pieces
+
+    def flipped(plan: Any, pieces: Any, name: str) -> Any:
+        for piece in real(plan, pieces, name):
+            if name == "model.norm.weight":
+                piece.view(np.uint8)[5] ^= 1
+            yield piece
+
+    monkeypatch.setattr(module, "_target_pieces", flipped)
+    with pytest.raises(CheckpointError, match=r"differs from its source: norm\.weight: 1 of 64 elements differ"):
+        convert(tmp_path / "a", tmp_path / "b", to="hf", verify=True)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["ministral", "vision_fp8", "small_4"])
+def test_layouts_of_one_model_compare_as_the_same(tmp_path, name):
+    for layout in ("mistral", "hf"):
+        write_example(tmp_path / layout, EXAMPLES[name](), layout)
+    with open_checkpoint(tmp_path / "mistral") as a, open_checkpoint(tmp_path / "hf") as b:
+        comparison = compare(a, b)
+    assert comparison.same
+    assert comparison.tensors == len(EXAMPLES[name]().tensors)
