@@ -84,7 +84,7 @@ def flash_attention_gpu(
     (B, T, N, _), S, Hv = q.shape, k.shape[1], v.shape[-1]
     if not T or not S:
         return jnp.zeros((B, T, N, Hv), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
-    plan = Plan(Extent(window, T, S), abs(scale) or 1.0, TILES[widths], _interpreter(interpret))
+    plan = Plan(Extent(window, T, S), abs(scale) or 1.0, TILES[widths], interpreter(interpret))
     offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
 
     def by_kernels(segments: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
@@ -116,7 +116,8 @@ def flash_attention_gpu(
     return jax.lax.cond(in_runs, lambda: by_kernels(segments), by_xla)
 
 
-def _interpreter(interpret: Any) -> Any:
+def interpreter(interpret: Any) -> Any:
+    """What to give plgpu.kernel: True becomes the interpreter with its race detector on."""
     if interpret is not True:
         return interpret
     from jax.experimental.pallas import mosaic_gpu as plgpu

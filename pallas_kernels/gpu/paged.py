@@ -14,10 +14,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..xla.paged import Tiles, cut_tiles
-from .flash import DTYPES, LOG2_E, OLDEST_JAX, _interpreter
+from .flash import DTYPES, LOG2_E, OLDEST_JAX, interpreter
 from .paged_plan import Sizes, plan_for
 
 NARROW = ("int8", "float8_e4m3fn")  # pools that are widened on the way, to bfloat16 queries
+WIDEST_NARROW = 192  # beyond it, widening a block spills registers
 WIDTHS = (64, 96, 128, 192, 256)
 PAGES = (16, 32, 64, 128, 256)
 
@@ -41,6 +42,8 @@ def unsupported(dtypes: tuple[str, str, str], widths: tuple[int, int], heads: tu
         return f"pages are {k} and {v}: for {q} queries the Hopper kernel takes {' or '.join(pools)}, one for both"
     if not set(widths) <= set(WIDTHS):
         return f"head widths (keys, values) are {widths}: the Hopper kernel takes {', '.join(map(str, WIDTHS))}"
+    if k in NARROW and max(widths) > WIDEST_NARROW:
+        return f"head widths (keys, values) are {widths}: with 8-bit pages the Hopper kernel goes up to {WIDEST_NARROW}"
     if page not in PAGES:
         return f"pages have {page} tokens: the Hopper kernel takes {', '.join(map(str, PAGES))}"
     if heads[0] // heads[1] > 64:
@@ -102,7 +105,7 @@ def paged_attention_gpu(
             v_scale,
         ),
         plan=plan,
-        interpret=_interpreter(interpret),
+        interpret=interpreter(interpret),
     )
     out, lse = (out[0], lse[0]) if plan.splits == 1 else _merge(out, lse)
     packed_out = jnp.zeros((T, N, Hv), q.dtype)

@@ -140,8 +140,13 @@ def _await(narrow: Any, wide: Any, full: Any, free: Any, slot: Array) -> None:
     for start in range(0, wide.shape[0], ROWS_EACH):
         rows = pl.ds(start, ROWS_EACH)
         wide[rows] = _widened(plgpu.load(narrow.at[slot, rows], layout=WGMMA, optimized=False), wide.dtype)
-    plgpu.commit_smem()
+    _fence()
     plgpu.barrier_arrive(free.at[slot])
+
+
+def _fence() -> None:
+    """What was written by instructions is seen by the tensor cores, and comes before later copies."""
+    plgpu.commit_smem()
 
 
 def _widened(numbers: Array, dtype: Any) -> Array:
@@ -169,7 +174,7 @@ def clear_strangers(blocks: Blocks, i: Array, start: Array, seen: Seen, me: Arra
                 clear_piece()
             else:
                 pl.when(me == piece)(clear_piece)
-        plgpu.commit_smem()
+        _fence()
         if blocks.v_clear is not None:
             plgpu.barrier_arrive(blocks.v_clear)
             plgpu.barrier_wait(blocks.v_clear)
