@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import stat
 from collections import Counter
 from collections.abc import Mapping
@@ -51,11 +52,11 @@ class Plan:
     kept: Mapping[str, Any]
     carried: tuple[Path, ...]
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, TensorSpec]:
         return {name: target.spec for name, target in self.targets.items()}
 
-    @property
+    @functools.cached_property
     def n_bytes(self) -> int:
         """Of all tensors."""
         return sum(target.spec.n_bytes for target in self.targets.values())
@@ -83,7 +84,7 @@ def plan_conversion(
     metadata = {"format": "pt"} if to == "hf" else None
     if source.adapter is not None and to == "mistral":
         metadata = {"scaling": repr(source.adapter.scaling)}
-    carried = _carried(source.folder, documents)
+    carried = carried_files(source.folder, documents)
     return Plan(source, to, dtype, targets, files, metadata, documents, kept, carried)
 
 
@@ -220,7 +221,7 @@ def _with_dtype(document: Mapping[str, Any], dtype: Dtype | None) -> dict[str, A
     return changed
 
 
-def _carried(folder: Path, documents: Mapping[str, Any]) -> tuple[Path, ...]:
+def carried_files(folder: Path, documents: Mapping[str, Any]) -> tuple[Path, ...]:
     """Tokenizer and other small files, which are as good in one layout as in the other."""
     configs = {*documents, *CONFIG_FILE_NAMES.values()}
     names = sorted(path.name for path in folder.iterdir())

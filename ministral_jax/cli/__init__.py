@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..neighbours import require_neighbour
-from . import chat, convert, demo, diff, generate, inspect, score
+from . import chat, convert, demo, diff, generate, inspect, quantize, score
 from .failures import run_guarded
 from .output import log_as_notes, take_any_text
 
-_COMMANDS = (demo, chat, generate, score, inspect, convert, diff)
+_COMMANDS = (demo, chat, generate, score, inspect, convert, diff, quantize)
 
 _DESCRIPTION = """\
 The Mistral open-weight family in JAX.

@@ -1,0 +1,250 @@
+"""From a dense checkpoint to a quantised one, one matrix at a time, in either layout. Runs no model.
+
+    from ministral_jax.checkpoints.quantize import quantize
+    quantize("Ministral-8B", "Ministral-8B-int8", to="hf", stored=LinearFormat("int8_channel", "dynamic"))
+
+What is written is a compressed-tensors checkpoint, which vLLM and transformers load; FP8 in the mistral layout is
+spelled as Mistral publishes it; nf4 is of this project alone. Embeddings, norms, output head and vision stay dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import ModelConfig, QuantizationConfig
+from ..config_files import CONFIG_FILE_NAMES, Layout, hf_from_config, params_from_config
+from ..config_files.json_file import write_json
+from ..config_files.quantization_block import NF4_METHOD
+from ..errors import CheckpointError, NotYetError
+from ..quantization import LinearFormat
+from ..quantization.encoding import Parts, encode, relative_error
+from ..quantization.formats import COLUMNS
+from .canonical import Tensor
+from .hub import resolve
+from .opening import Checkpoint, open_checkpoint
+from .pieces import DTYPES, Pieces
+from .plan import HF_SHARD_BYTES, carried_files
+from .safetensors_writer import TensorSpec, index_document, shard_file_names, shard_names, write_streamed
+from .staging import Staging, file_identities, require_free
+from .translate import Name, hf_name
+from .weight_files import STEMS
+
+Progress = Callable[[int, int], object]
+
+_PROJECTION = re.compile(r"layers\.[0-9]+\.(attention\.w[qkvo]|feed_forward\.w[123])")
+# What compressed-tensors is to leave alone, in the words of each layout's runtime.
+_IGNORED: Mapping[Layout, tuple[str, ...]] = {
+    "hf": ("re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
+    "mistral": ("re:.*vision_encoder.*", "re:.*vision_language_adapter.*", "re:.*patch_merger.*"),
+}
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What was written: files with their sizes, bytes before and after, and each projection's relative error."""
+
+    target: Path
+    to: Layout
+    n_bytes_before: int
+    n_bytes: int
+    files: Mapping[str, int]
+    errors: Mapping[str, float] = field(repr=False)
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    *,
+    stored: LinearFormat,
+    to: Layout | None = None,
+    input_maxima: Mapping[str, float] | None = None,
+    revision: str | None = None,
+    max_shard_bytes: int | None = None,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> QuantizationReport:
+    """Writes the dense model `source`, a folder or hub id, its projections as `stored`, into the new folder `target`.
+
+    `to` is the layout (default: the source's). `input_maxima` gives the largest input of each projection, from
+    `calibration.input_maxima`, for formats that keep a scale of activations. `force` replaces a checkpoint at `target`.
+    Memory beyond the interpreter's is a few copies of the largest matrix. Raises MinistralError in one line; nothing is
+    ever under the final name but the whole result.
+    """
+    folder, destination = resolve(source, revision), Path(target).expanduser().absolute()
+    with open_checkpoint(folder) as checkpoint:
+        _refuse(checkpoint)
+        layout: Layout = to or ("hf" if checkpoint.kind == "hf" else "mistral")
+        job = _Job(checkpoint, layout, stored, input_maxima or {})
+        require_free(destination, folder, force=force)
+        identity = {
+            "source": file_identities([*checkpoint.reader.paths, *checkpoint.config_paths]),
+            "quantize": repr(stored),
+            "to": layout,
+        }
+        with Staging(destination, identity, force=True) as staging:
+            files = job.write(staging.folder, max_shard_bytes, progress)
+            staging.publish()
+        before = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
+    sizes = {name: (destination / name).stat().st_size for name in files}
+    return QuantizationReport(destination, layout, before, job.n_bytes, sizes, job.errors)
+
+
+def _refuse(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    if checkpoint.adapter is not None:
+        raise CheckpointError(f"{checkpoint.folder}: is an adapter; expected a model")
+    if config.quantization is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is quantised already ({config.quantization.format}); expected a dense checkpoint"
+        )
+    if config.moe is not None or config.latent is not None:
+        raise NotYetError(f"{checkpoint.folder}: has experts or latent attention, which are not quantised yet")
+
+
+class _Job:
+    """One checkpoint on its way: names and shapes of what is written, and the matrices as they are encoded."""
+
+    def __init__(
+        self, source: Checkpoint, layout: Layout, stored: LinearFormat, input_maxima: Mapping[str, float]
+    ) -> None:
+        self.source, self.stored, self.maxima = source, stored, input_maxima
+        self.layout: Layout = layout
+        self.errors: dict[str, float] = {}
+        self._pieces = Pieces(source)
+        self._encoded: tuple[str, Parts] = ("", {})
+        self._targets = dict(self._named())
+        self.specs = {name: spec for name, (spec, _, _) in self._targets.items()}
+        self.n_bytes = sum(spec.n_bytes for spec in self.specs.values())
+
+    def _named(self) -> Iterator[tuple[str, tuple[TensorSpec, Tensor, str | None]]]:
+        """Name in the target -> what it will be, the tensor it comes from, and which part it is of it."""
+        native = self.layout == "mistral" and self.stored.format == "fp8_tensor"
+        words = {"weight_scale": "qscale_weight", "input_scale": "qscale_act"} if native else {}
+        for tensor in self.source.tensors.values():
+            if not _PROJECTION.fullmatch(tensor.name.module):
+                yield self._name(tensor.name), (TensorSpec(tensor.dtype, tensor.shape), tensor, None)
+                continue
+            self._require_columns(tensor)
+            for part, made in self.stored.parts(*tensor.shape).items():
+                shape = made.shape if native or len(made.shape) == 2 else (*made.shape, 1)
+                name = self._name(Name(tensor.name.module, words.get(part, part)))
+                yield name, (TensorSpec(np.dtype(made.dtype), shape), tensor, part)
+
+    def _name(self, name: Name) -> str:
+        return hf_name(name, wrapped=self.source.config.vision is not None) if self.layout == "hf" else str(name)
+
+    def _require_columns(self, tensor: Tensor) -> None:
+        multiple = COLUMNS.get(self.stored.format, 1)
+        if tensor.dtype not in (*DTYPES.values(), np.dtype(np.float64)) or tensor.shape[1] % multiple:
+            raise CheckpointError(
+                f"{self.source.reader.path_of(tensor.stored)}: tensor '{tensor.stored}' is {tensor.dtype.name} "
+                f"{list(tensor.shape)}; {self.stored.format} is made of dense matrices with a multiple of {multiple} "
+                "columns"
+            )
+
+    def write(self, folder: Path, max_shard_bytes: int | None, progress: Progress) -> list[str]:
+        """Writes everything into `folder`; returns the weight files."""
+        stem = STEMS[self.layout]
+        limit = max_shard_bytes or (HF_SHARD_BYTES if self.layout == "hf" else self.n_bytes + 1)
+        shards = shard_names(self.specs, limit)
+        files = dict(zip(shard_file_names(stem, len(shards)), shards, strict=True))
+        metadata = {"format": "pt"} if self.layout == "hf" else None
+        done = 0
+
+        def chunks(name: str) -> Iterator[np.ndarray]:
+            nonlocal done
+            for piece in self._chunks(name):
+                yield piece
+                done += piece.nbytes
+                progress(done, self.n_bytes)
+
+        for file, names in files.items():
+            write_streamed(folder / file, {name: self.specs[name] for name in names}, chunks, metadata)
+        documents = {CONFIG_FILE_NAMES[self.layout]: self._config_document()}
+        if len(files) > 1:
+            documents[f"{stem}.safetensors.index.json"] = index_document(self.specs, files)
+        for path in carried_files(self.source.folder, documents):
+            (folder / path.name).write_bytes(path.read_bytes())
+        for name, document in documents.items():
+            write_json(folder / name, document)
+        return list(files)
+
+    def _chunks(self, name: str) -> Iterator[np.ndarray]:
+        spec, tensor, part = self._targets[name]
+        interleaved = self.layout == "mistral"
+        if part is None:
+            yield from self._pieces.of(tensor, interleaved=interleaved)
+        else:
+            yield np.asarray(self._parts(tensor)[part]).reshape(spec.shape)
+
+    def _parts(self, tensor: Tensor) -> Parts:
+        """The parts of one matrix, rows in the target's order; the last matrix is kept for its next part."""
+        module = tensor.name.module
+        if self._encoded[0] != module:
+            weight = np.empty(tensor.shape, np.float32)
+            flat, at = weight.reshape(-1), 0
+            for piece in self._pieces.of(tensor, interleaved=self.layout == "mistral"):
+                flat[at : at + piece.size] = piece
+                at += piece.size
+            parts = encode(jnp.asarray(weight), self.stored, self.maxima.get(module))
+            if module not in self.errors:
+                self.errors[module] = relative_error(jnp.asarray(weight), parts, self.stored)
+            self._encoded = module, parts
+        return self._encoded[1]
+
+    def _config_document(self) -> dict[str, Any]:
+        config = dataclasses.replace(self.source.config, quantization=self._quantization())
+        return params_from_config(config) if self.layout == "mistral" else hf_from_config(config)
+
+    def _quantization(self) -> QuantizationConfig:
+        return quantization_config(self.stored, self.layout, self.source.config)
+
+
+def quantization_config(stored: LinearFormat, layout: Layout, config: ModelConfig) -> QuantizationConfig:
+    """How the config of `layout` says that the projections are `stored`."""
+    activations: Any = stored.activations
+    if stored.format == "nf4":
+        raw: dict[str, Any] = {"quant_method": NF4_METHOD, "block_size": 64, "double_quantization": stored.double}
+        return QuantizationConfig(format="nf4", activations="none", raw=raw)
+    if stored.format == "fp8_tensor" and layout == "mistral":
+        return QuantizationConfig(format=stored.format, activations=activations)
+    ignore = ["lm_head", *(_IGNORED[layout] if config.vision else ())]
+    return QuantizationConfig(format=stored.format, activations=activations, raw=_block(stored, ignore))
+
+
+def _block(stored: LinearFormat, ignore: list[str]) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors."""
+    four, kind = stored.format == "nvfp4", "int" if stored.format == "int8_channel" else "float"
+    base: dict[str, Any] = {"num_bits": 4 if four else 8, "type": kind, "symmetric": True}
+    dynamic = stored.activations == "dynamic"
+    if four:
+        base |= {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+        weights, inputs = {**base, "dynamic": False}, {**base, "dynamic": "local"}
+    elif stored.format == "fp8_block":
+        weights = {**base, "strategy": "block", "block_structure": [128, 128], "dynamic": False}
+        inputs = {**base, "strategy": "group", "group_size": 128, "dynamic": True}
+    else:
+        weights = {**base, "strategy": "tensor" if stored.format == "fp8_tensor" else "channel", "dynamic": False}
+        inputs = {**base, "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
+    formats = {"int8_channel": "int-quantized", "nvfp4": "nvfp4-pack-quantized"}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None if stored.activations == "none" else inputs,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.get(stored.format, "float-quantized"),
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+    }
