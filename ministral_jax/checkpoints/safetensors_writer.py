@@ -32,6 +32,9 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+# Smaller pieces are summed before another thread would have begun.
+SUMMED_ASIDE = 2**18
+
 Produce = Callable[[str], np.ndarray]
 # A tensor's bytes in pieces, in order; each stays valid until the next but one is asked for.
 Chunks = Callable[[str], Iterable[np.ndarray]]
@@ -69,7 +72,10 @@ def write_streamed(
         def write(piece: bytes | memoryview) -> None:
             nonlocal pending
             pending.result()
-            pending = pool.submit(digest.update, piece)
+            if len(piece) < SUMMED_ASIDE:
+                digest.update(piece)
+            else:
+                pending = pool.submit(digest.update, piece)
             file.write(piece)
 
         _write(write, specs, chunks, metadata)

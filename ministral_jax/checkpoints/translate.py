@@ -73,6 +73,8 @@ _VISION |= {
     "vision_language_adapter.w_out": "multi_modal_projector.linear_2",
 }
 
+_MISTRAL = {**_TEXT, **_VISION, "output": "lm_head"}
+
 # Leaves spelled differently; all others have one name in both layouts.
 _HF_LEAVES = {"qscale_weight": "weight_scale_inv", "qscale_act": "activation_scale"}
 _OUR_LEAVES = {theirs: ours for ours, theirs in _HF_LEAVES.items()}
@@ -117,7 +119,7 @@ def dropped_kind(name: str) -> str | None:
 
 def parse_mistral(name: str) -> Name | None:
     """A name of the mistral layout, or None for any other."""
-    return _split(name, {**_TEXT, **_VISION, "output": "lm_head"}, same=True)
+    return _split(name, _MISTRAL, same=True)
 
 
 def parse_hf(name: str) -> Name | None:

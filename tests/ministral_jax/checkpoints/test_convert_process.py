@@ -1,0 +1,149 @@
+"""Conversion as a process: killed at random moments, short of disk, and the memory it takes."""
+
+import json
+import math
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ministral_jax.checkpoints.expected import modules
+from ministral_jax.config_files import write_params_json
+from tests.architecture_files import make, write_example
+from tests.checkpoint_files import tiny_config
+
+ROOT = Path(__file__).parents[3]
+SHARD = 3_000_000
+SEED = random.SystemRandom().randrange(2**32)
+
+
+def command(source: Path, target: Path, *options: str) -> list[str]:
+    arguments = ["convert", str(source), str(target), "--to", "hf", "--max-shard-size", str(SHARD), *options]
+    return [sys.executable, "-m", "ministral_jax.cli", *arguments]
+
+
+def run(source: Path, target: Path, *options: str, **settings: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        command(source, target, *options), cwd=ROOT, capture_output=True, text=True, timeout=120, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """About 40 MB in bfloat16."""
+    folder = tmp_path_factory.mktemp("source") / "a"
+    config = tiny_config(dim=512, n_heads=8, n_kv_heads=2, head_dim=64, hidden_dim=2048, vocab_size=8192, n_layers=4)
+    write_example(folder, make(config), "mistral")
+    (folder / "tekken.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(source, tmp_path_factory) -> tuple[dict[str, bytes], float]:
+    """What an undisturbed run writes, and the seconds it takes from its first trace on disk."""
+    target = tmp_path_factory.mktemp("expected") / "b"
+    ran = subprocess.Popen(command(source, target), cwd=ROOT, stdout=subprocess.DEVNULL)
+    began = first_trace(target, ran)
+    assert ran.wait(120) == 0
+    return contents(target), time.monotonic() - began
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def first_trace(target: Path, ran: subprocess.Popen[bytes]) -> float:
+    while not target.with_name(f"{target.name}.partial").exists() and not target.exists() and ran.poll() is None:
+        time.sleep(0.002)
+    return time.monotonic()
+
+
+def kill_and_repeat(source: Path, target: Path, seconds: float) -> str:
+    """Kills a run after `seconds` of work and starts it again; returns what was there when it was killed."""
+    ran = subprocess.Popen(command(source, target), cwd=ROOT, stdout=subprocess.DEVNULL)
+    first_trace(target, ran)
+    time.sleep(seconds)
+    ran.send_signal(signal.SIGKILL)
+    ran.wait(10)
+    partial = target.with_name(f"{target.name}.partial")
+    if target.exists() and not partial.exists():
+        return "complete"
+    found = f"{len(list(partial.glob('new/*.safetensors')))} files"
+    again = run(source, target)
+    assert again.returncode == 0, again.stderr
+    assert not partial.exists()
+    return found
+
+
+def killed_at_random(source: Path, expected: tuple[dict[str, bytes], float], folder: Path, times: int) -> None:
+    files, seconds = expected
+    draw = random.Random(SEED)
+    for i in range(times):
+        after = draw.uniform(0, 1.1 * seconds)
+        found = kill_and_repeat(source, folder / f"b{i}", after)
+        assert contents(folder / f"b{i}") == files, f"seed {SEED}: killed after {after:.3f} s with {found}"
+        shutil.rmtree(folder / f"b{i}")
+
+
+def test_a_run_that_was_killed_is_finished_by_the_next_to_the_same_bytes(source, expected, tmp_path):
+    killed_at_random(source, expected, tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_twenty_runs_that_were_killed_are_finished_by_the_next_to_the_same_bytes(source, expected, tmp_path):
+    killed_at_random(source, expected, tmp_path, 20)
+
+
+def test_a_file_that_the_system_refuses_to_grow_is_one_line_and_gets_no_name(source, tmp_path):
+    limit = SHARD // 2
+    ran = run(source, tmp_path / "b", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert ran.returncode == 1
+    assert ran.stderr.startswith(f"ministral: {tmp_path / 'b.partial'}")
+    assert "cannot be written (File too large)" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+# Beside the interpreter and numpy (about 45 MB): two buffers, a reordered and a cast piece.
+MOST_BYTES = 150 * 10**6
+
+
+def write_sparse(folder: Path, n_bytes: int) -> None:
+    """A checkpoint of zeros in float32 that takes no room on disk."""
+    sizes = {"dim": 1024, "n_heads": 8, "n_kv_heads": 2, "head_dim": 128, "hidden_dim": 4096, "vocab_size": 16384}
+    layer = sum(4 * math.prod(shape) for name, shape in modules(tiny_config(**sizes, n_layers=1)) if "layers" in name)
+    config = tiny_config(**sizes, n_layers=n_bytes // layer)
+    folder.mkdir()
+    header, end = {}, 0
+    for name, shape in modules(config):
+        begin, end = end, end + 4 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "consolidated.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    write_params_json(config, folder / "params.json")
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    write_sparse(tmp_path / "a", 600 * 10**6)
+    program = (
+        "import json, sys; from benchmarks.convert import measured;"
+        "from ministral_jax.checkpoints.convert import convert;"
+        "print(json.dumps(measured(lambda: convert(sys.argv[1], sys.argv[2], to='hf', dtype='bfloat16'))))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a"), str(tmp_path / "b")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["peak_bytes"] < MOST_BYTES, found
+    assert (tmp_path / "a" / "consolidated.safetensors").stat().st_size > 4 * MOST_BYTES
