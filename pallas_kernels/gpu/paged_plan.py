@@ -12,7 +12,7 @@ from .tiles import LINE, ROWS_EACH, SHARED_MEMORY_LIMIT
 MULTIPROCESSORS = 132  # of an H100 SXM or H200
 FULL_ENOUGH = 0.8  # tiles per multiprocessor from which on keys are not split
 EFFICIENT = 0.85  # of the best share of busy multiprocessors, where keys are split
-MOST_STAGES = {1: 3, 2: 2}  # by consumers
+MOST_STAGES = {1: 6, 2: 2}  # by consumers: decoding waits for memory, and keeps as much on its way as fits
 
 
 @dataclasses.dataclass(frozen=True)
