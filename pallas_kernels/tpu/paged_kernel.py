@@ -6,6 +6,7 @@ Not the copies of pages (paged_fetch.py), nor what is computed of a block (paged
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from .block_sizes import LANES
 from .launch import COMPILER_FLAGS
 from .paged_call import PagedCall, Seen
 from .paged_fetch import Pipeline
@@ -23,6 +25,7 @@ from .paged_rows import Rows
 from .paged_tiles import TileScalars
 
 SCALARS = len(TileScalars._fields)
+SUBLANES = 8
 
 
 def _kernel(call: PagedCall, *refs: Any) -> None:
@@ -57,21 +60,40 @@ def _kernel(call: PagedCall, *refs: Any) -> None:
         queries.store(m)
 
 
-def _scratch(call: PagedCall, q: Array, k_pages: Any, v_pages: Any) -> list[Any]:
+def _scratch(call: PagedCall, H: int, Hv: int, dtype: Any, pool_dtypes: tuple[Any, Any]) -> list[Any]:
     """Scratch in the order in which `_kernel` takes it."""
-    (_, N, H), Hv, paging = q.shape, v_pages.shape[-1], call.paging
+    paging, N = call.paging, call.kv_heads * call.groups
+    page = (call.kv_heads, paging.page) if call.head_major else (paging.page, call.kv_heads)
     return [
-        *[pltpu.VMEM((2, paging.pages_per_block, *x.shape[1:]), x.dtype) for x in (k_pages, v_pages)],
+        *[
+            pltpu.VMEM((2, paging.pages_per_block, *page, width), x)
+            for width, x in zip((H, Hv), pool_dtypes, strict=True)
+        ],
         pltpu.SMEM((2, paging.pages_per_piece), jnp.int32),
         pltpu.SMEM((2,), jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2, 2)),
-        pltpu.VMEM((2, call.tile, N, H), q.dtype),
-        pltpu.VMEM((call.tile, N, Hv), q.dtype),
+        pltpu.VMEM((2, call.tile, N, H), dtype),
+        pltpu.VMEM((call.tile, N, Hv), dtype),
         pltpu.VMEM((call.tile, 1, N), jnp.float32),
         *[pltpu.SemaphoreType.DMA((2,))] * 2,
-        *(Rows if call.by_rows else Lanes).scratch(call, H, Hv, q.dtype),
+        *(Rows if call.by_rows else Lanes).scratch(call, H, Hv, dtype),
     ]
+
+
+def vector_memory(call: PagedCall, H: int, Hv: int, dtype: Any, pool_dtypes: tuple[Any, Any]) -> int:
+    """Bytes of vector memory that a call plans with: its scratch, and the scores that are alive at once."""
+    refs = [x for x in _scratch(call, H, Hv, dtype, pool_dtypes) if x.memory_space == pltpu.VMEM]
+    shape = (call.rows, call.chunk * call.heads_per_unit) if call.by_rows else (3 * call.paging.block, call.lanes)
+    return sum(tiled_bytes(x.shape, jnp.dtype(x.dtype).itemsize) for x in refs) + 3 * tiled_bytes(shape, 4)
+
+
+def tiled_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Bytes of an array in vector memory: columns come in 128 lanes, rows in eights of 32 bit, or packed in fewer."""
+    *major, rows, columns = shape
+    words = math.ceil(rows * itemsize / 4)
+    words = 1 << (words - 1).bit_length() if words < SUBLANES else math.ceil(words / SUBLANES) * SUBLANES
+    return math.prod(major) * words * 4 * math.ceil(columns / LANES) * LANES
 
 
 def paged_call(
@@ -95,7 +117,7 @@ def paged_call(
             grid=scalars.sequence.shape,
             in_specs=[pl.BlockSpec(shape, lambda m, *refs: (0,) * rank, memory_space=space), *[in_hbm] * 6],
             out_specs=[in_hbm] * 2,
-            scratch_shapes=_scratch(call, q, *pools),
+            scratch_shapes=_scratch(call, q.shape[-1], pools[1].shape[-1], q.dtype, (pools[0].dtype, pools[1].dtype)),
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results],
         input_output_aliases={SCALARS + 2: 0, SCALARS + 3: 1},

@@ -48,7 +48,9 @@ def paged_tiles(
     tiles = -(-counts // tile)
     ends = jnp.cumsum(tiles, dtype=jnp.int32)  # tiles up to and including each sequence
     index = jnp.arange(most, dtype=jnp.int32)
-    sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right").astype(jnp.int32), counts.shape[0] - 1)  # [M]
+    sequence = jnp.minimum(
+        jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32), counts.shape[0] - 1
+    )  # [M]
     start = (index - (ends - tiles)[sequence]) * tile  # [M] first row within the sequence
     count = jnp.where(index < ends[-1], jnp.clip(counts[sequence] - start, 0, tile), 0)
     first = (lengths - counts)[sequence] + start
