@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from infer.decoding import DecodeState, Ends, decode
+from infer.decoding import DecodeState, Ends, decode, decode_options
 from infer.sampling import SamplingParams, batch_arrays, batch_mode, start_history
 from ministral_jax.cache import CachePlan, allocate_cache, plan_cache
 from ministral_jax.catalog import find
@@ -80,17 +80,17 @@ def decode_program(config: ModelConfig, plan: CachePlan, batch: int, attention: 
     mode = batch_mode(params)
     sampling = jax.eval_shape(lambda: batch_arrays(params))
     history = jax.eval_shape(lambda: start_history([[0]] * batch, config.vocab_size, mode))
-    of_batch = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    active = jax.ShapeDtypeStruct((batch,), jnp.bool_)
-    tables = tuple(jax.ShapeDtypeStruct((batch, plan.table_width), jnp.int32) for _ in plan.groups)
+    struct: Any = jax.ShapeDtypeStruct  # stands for arrays
+    of_batch, active = struct((batch,), jnp.int32), struct((batch,), jnp.bool_)
+    tables = tuple(struct((batch, plan.table_width), jnp.int32) for _ in plan.groups)
     arguments = (
         weights,
         cache,
         DecodeState(of_batch, of_batch, of_batch, active, history),
         tables,
-        Ends(jax.ShapeDtypeStruct((batch, 1), jnp.int32), of_batch),
+        Ends(struct((batch, 1), jnp.int32), of_batch),
         sampling,
-        jax.ShapeDtypeStruct((), jnp.int32),
+        struct((), jnp.int32),
     )
     return Program(
         functools.partial(decode, graph, mode=mode),
@@ -118,7 +118,7 @@ def compile_decode(chip: str, program: Program) -> jax.stages.Compiled:
         return compile_for_h200(program.function, *program.arguments, donate=(1, 2))
     from pallas_kernels.tpu.ahead_of_time import compile_for
 
-    return compile_for(chip, program.function, *program.arguments, donate=(1, 2))  # pyright: ignore[reportArgumentType]
+    return compile_for(chip, program.function, *program.arguments, donate=(1, 2), options=decode_options)  # pyright: ignore[reportArgumentType]
 
 
 def measure(row: Row, chip: str, layers: int | None) -> dict[str, Any]:

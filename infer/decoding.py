@@ -12,10 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ministral_jax.cache import PagedBatch, PagedCache
 from ministral_jax.transformer import Transformer
+from pallas_kernels.dispatch import target
 
 from .sampling import Choice, History, SamplingArrays, SamplingMode, choose, record
 
 MAX_STEPS = 64  # decode steps of one call at most: the length of the buffers that bring tokens back
+
+
+# On TPU7x XLA would rather have 16-bit weights in tiles of 16 rows, and copies all of them before the decode loop: as
+# much memory again. This leaves them as they lie.
+TPU7X_OPTIONS = {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}
 
 
 class Ends(NamedTuple):
@@ -57,8 +63,18 @@ def compiled_steps(graph: Any) -> Steps:
     return Steps(
         prefill=jax.jit(functools.partial(prefill, graph), donate_argnames=("cache", "hidden")),
         start=jax.jit(functools.partial(start, graph), static_argnames=("mode",), donate_argnames=("history",)),
-        decode=jax.jit(functools.partial(decode, graph), static_argnames=("mode",), donate_argnames=("cache", "state")),
+        decode=jax.jit(
+            functools.partial(decode, graph),
+            static_argnames=("mode",),
+            donate_argnames=("cache", "state"),
+            compiler_options=decode_options(),
+        ),
     )
+
+
+def decode_options() -> dict[str, Any] | None:
+    """Compiler options of the decode loop for the device compiled for."""
+    return TPU7X_OPTIONS if "TPU7" in target().kind else None
 
 
 def prefill(

@@ -38,12 +38,19 @@ def absent_chip(generation: Generation) -> AbsentChip:
 
 
 def compile_for(
-    generation: Generation, function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()
+    generation: Generation,
+    function: Callable[..., Any],
+    *arguments: Any,
+    donate: Sequence[int] = (),
+    options: Callable[[], Any] | None = None,
 ) -> jax.stages.Compiled:
-    """`function` compiled to machine code of one chip. Arguments are arrays or their shapes and dtypes."""
+    """`function` compiled to machine code of one chip. Arguments are arrays or their shapes and dtypes.
+
+    `options` gives the compiler's, asked while the chip is the target.
+    """
     chip = absent_chip(generation)
     with jax.sharding.use_abstract_mesh(chip.mesh):
         staged = jax.jit(
             function, in_shardings=chip.sharding, out_shardings=chip.sharding, donate_argnums=tuple(donate)
         )
-        return staged.lower(*arguments).compile()
+        return staged.lower(*arguments).compile(compiler_options=options() if options else None)
