@@ -88,11 +88,11 @@ def errors(case: Case, interpret: bool) -> dict[str, float]:
     wanted = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *pull((wide[3], d_lse))), strict=True))
     got, pull = jax.vjp(lambda *a: flash_attention_gpu(*a, **settings, interpret=interpret), q, k, v)
     results = dict(zip(wanted, (*got, *pull((d_out, d_lse))), strict=True))
-    return {name: _share(results[name], wanted[name]) for name in wanted}
+    return {name: share(results[name], wanted[name]) for name in wanted}
 
 
-def _share(got: jax.Array, want: jax.Array) -> float:
-    """Both -inf is equality; a NaN is infinitely far."""
+def share(got: jax.Array, want: jax.Array) -> float:
+    """Largest difference as a share of the largest value. Both -inf is equality; a NaN is infinitely far."""
     got, want = got.astype(jnp.float32), want.astype(jnp.float32)
     difference = jnp.where(got == want, 0.0, jnp.abs(got - want))
     largest = jnp.abs(jnp.where(jnp.isfinite(want), want, 0.0)).max()
