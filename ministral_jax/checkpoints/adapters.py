@@ -64,12 +64,14 @@ def read_peft(folder: Path) -> tuple[AdapterSettings, dict[str, Any]]:
     path = folder / PEFT_CONFIG
     document = read_json_object(path)
     try:
-        return _peft_settings(Fields(document), document), document
+        return settings_of_peft(document), document
     except ConfigError as problem:
         raise ConfigError(f"{path}: {problem}") from None
 
 
-def _peft_settings(fields: Fields, document: Mapping[str, Any]) -> AdapterSettings:
+def settings_of_peft(document: Mapping[str, Any]) -> AdapterSettings:
+    """Settings of a parsed adapter_config.json. Raises ConfigError naming the key."""
+    fields = Fields(document)
     fields.choice("peft_type", ("LORA",))
     fields.choice("bias", ("none",), "none")
     for key in _UNSUPPORTED:
@@ -128,7 +130,7 @@ def peft_document(
     Beside a vision tower, whose modules have the same last names, the text decoder's are given by a pattern.
     """
     if kept is not None:
-        found = _peft_settings(Fields(kept), kept)
+        found = settings_of_peft(kept)
         if found == dataclasses.replace(settings, base=settings.base or found.base):
             return dict(kept)
     names = sorted({module.rsplit(".", 1)[-1] for module in modules})

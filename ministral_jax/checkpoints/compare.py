@@ -31,10 +31,12 @@ class TensorDifference:
     def __str__(self) -> str:
         if self.in_b is None or self.in_a is None:
             return f"{self.name}: only in {'A' if self.in_b is None else 'B'} ({self.in_a or self.in_b})"
-        values = f"{self.different} of {self.elements} elements differ, by at most {self.max_abs:g}"
-        if self.in_a == self.in_b:
-            return f"{self.name}: {values}"
-        return f"{self.name}: {self.in_a} in A, {self.in_b} in B" + (f"; {values}" if self.different else "")
+        parts = []
+        if self.in_a != self.in_b:
+            parts.append(f"{self.in_a} in A, {self.in_b} in B")
+        if self.different:
+            parts.append(f"{self.different} of {self.elements} elements differ, by at most {self.max_abs:g}")
+        return f"{self.name}: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from .. import catalog
 from ..config import ModelConfig
-from ..config_files import CONFIG_FILE_NAMES, config_from_params, detect_layout, read_config
+from ..config_files import CONFIG_FILE_NAMES, config_from_hf, config_from_params, detect_layout, read_config
 from ..config_files.json_file import read_json_object
 from ..errors import CheckpointError, ConfigError
 from .adapters import (
@@ -27,6 +28,7 @@ from .adapters import (
     read_peft,
     require_rank,
     settings_of_params,
+    settings_of_peft,
 )
 from .canonical import Kind, Reader, Tensor, canonical_tensors
 from .manifest import MANIFEST, kept_documents
@@ -92,6 +94,13 @@ class _OneFile:
         self._file.close()
 
 
+_KEPT_READERS: Mapping[str, Callable[[Mapping[str, Any]], object]] = {
+    "mistral": config_from_params,
+    "hf": config_from_hf,
+    "peft": settings_of_peft,
+}
+
+
 def open_checkpoint(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
     """Opens the model or adapter in `folder`; reads headers and configs, no weights.
 
@@ -123,7 +132,16 @@ def _opened(
 
 def _with_kept(config: ModelConfig, folder: Path) -> ModelConfig:
     """The config with the documents that an earlier conversion kept, under the one that is there now."""
-    return dataclasses.replace(config, extra={**kept_documents(folder), **config.extra})
+    kept = kept_documents(folder)
+    for layout, document in kept.items():
+        where = f"{folder / MANIFEST}: documents.{layout}"
+        if layout not in _KEPT_READERS:
+            raise ConfigError(f"{where}: expected one of {', '.join(_KEPT_READERS)}; remove the file to do without")
+        try:
+            _KEPT_READERS[layout](document)
+        except ConfigError as problem:
+            raise ConfigError(f"{where}: {problem}; remove the file to do without") from None
+    return dataclasses.replace(config, extra={**kept, **config.extra})
 
 
 def _open_mistral_adapter(folder: Path) -> Checkpoint:

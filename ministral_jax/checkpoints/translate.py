@@ -78,7 +78,13 @@ _MISTRAL = {**_TEXT, **_VISION, "output": "lm_head"}
 # Leaves spelled differently; all others have one name in both layouts.
 _HF_LEAVES = {"qscale_weight": "weight_scale_inv", "qscale_act": "activation_scale"}
 _OUR_LEAVES = {theirs: ours for ours, theirs in _HF_LEAVES.items()}
-_LEAF = re.compile(r"[A-Za-z]\w*(\.weight)?", re.ASCII)
+_LEAVES = {
+    *("weight", "bias", "lora_A.weight", "lora_B.weight"),
+    *_HF_LEAVES,  # FP8 as Mistral publishes it
+    *("weight_scale", "input_scale", "weight_zero_point", "weight_shape"),  # compressed-tensors
+    *("weight_packed", "weight_global_scale", "input_global_scale"),  # NVFP4
+    *("weight_absmax", "weight_absmax_scale", "weight_absmax_offset"),  # NF4, our own
+}
 
 _OURS_OF_TEXT = {theirs: ours for ours, theirs in _TEXT.items()}
 _OURS_OF_VISION = {theirs: ours for ours, theirs in _VISION.items()}
@@ -119,7 +125,8 @@ def dropped_kind(name: str) -> str | None:
 
 def parse_mistral(name: str) -> Name | None:
     """A name of the mistral layout, or None for any other."""
-    return _split(name, _MISTRAL, same=True)
+    found = _split(name, _MISTRAL, same=True)
+    return None if found and found.leaf in _OUR_LEAVES else found
 
 
 def parse_hf(name: str) -> Name | None:
@@ -179,7 +186,7 @@ def _split(name: str, table: dict[str, str], *, same: bool = False) -> Name | No
         if template in table:
             leaf = name[at + 1 :]
             module = template if same else table[template]
-            return Name(_filled(module, numbers), leaf) if _LEAF.fullmatch(leaf) else None
+            return Name(_filled(module, numbers), leaf) if leaf in _LEAVES or leaf in _OUR_LEAVES else None
     return None
 
 
