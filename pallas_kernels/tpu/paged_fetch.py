@@ -121,18 +121,30 @@ class Pipeline(NamedTuple):
 
         def start(number: Array, place: Array) -> None:
             entry = self.entries[entries, number - piece * self.paging.pages_per_piece]
+            entry = jnp.clip(entry, 0, self.pools[0].shape[0] - 1)  # as indexing in jax.numpy would
             for copy in self._copies(entry, slot, place):
                 copy.start()
 
         self._for_each_page(m, block, start)
 
     def _await_block(self, m: Array, block: Array, slot: Array) -> None:
-        def wait(number: Array, place: Array) -> None:
-            del number
-            for copy in self._copies(jnp.int32(0), slot, place):
-                copy.wait()
+        pages, first = page_span(self.paging, self.scalars, m), block * self.paging.pages_per_block
+        full = (pages.start <= first) & (first + self.paging.pages_per_block <= pages.stop)
 
-        self._for_each_page(m, block, wait)
+        @pl.when(full)
+        def _at_once() -> None:
+            for i, buffer in enumerate(self.buffers):
+                whole = buffer.at[slot]
+                pltpu.make_async_copy(whole, whole, self.page_semaphores.at[slot, i]).wait()
+
+        @pl.when(jnp.logical_not(full))
+        def _one_by_one() -> None:
+            def wait(number: Array, place: Array) -> None:
+                del number
+                for copy in self._copies(jnp.int32(0), slot, place):
+                    copy.wait()
+
+            self._for_each_page(m, block, wait)
 
     def for_each_block(self, m: Array, compute: Callable[[Array, Array], None]) -> None:
         """Runs `compute(block, buffer)` over the blocks of tile m, in order, each when its pages have arrived."""

@@ -7,6 +7,7 @@ entries of other heads are masked. No head is ever picked out of a page. Not for
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -64,10 +65,19 @@ class Rows(NamedTuple):
         self.total[...] = jnp.zeros(self.total.shape, self.total.dtype)
 
     def block(self, block: Array, slot: Array, masked: bool) -> None:
-        """Takes the keys and values of a block in."""
-        for start in range(0, self.call.paging.block, self.call.chunk):
-            for unit in range(self.call.units):
-                self._chunk(block, slot, start, unit, masked)
+        """Takes the keys and values of a block in: all its scores first, so that nothing waits for a maximum."""
+        starts = range(0, self.call.paging.block, self.call.chunk)
+        for unit in range(self.call.units):
+            scores = [self._scores(block, slot, start, unit, masked) for start in starts]  # [rows, entries] each
+            top = self.top[unit]  # [rows, 1]
+            new_top = functools.reduce(jnp.maximum, [top, *(x.max(axis=1, keepdims=True) for x in scores)])
+            weights = [jnp.exp2(x - new_top) for x in scores]
+            values = [self._values(block, slot, start, unit, masked) for start in starts]  # [entries, Hv] each
+            decay = jnp.exp2(top - new_top)
+            self.top[unit] = new_top
+            self.total[unit] = self.total[unit] * decay + sum(x.sum(axis=1, keepdims=True) for x in weights)
+            mixed = sum(dot(x.astype(y.dtype), y, (1, 0)) for x, y in zip(weights, values, strict=True))
+            self.acc[unit] = self.acc[unit] * decay + mixed
 
     def finish(self, out: Any, lse: Any) -> None:
         """After the last block: the results of the tile, `out` [tile, N, Hv] and `lse` [tile, 1, N]."""
@@ -86,28 +96,25 @@ class Rows(NamedTuple):
     def _constant(self, unit: int, column: int) -> Float[Array, "rows 1"]:
         return self.constants[unit][:, column : column + 1]
 
-    def _chunk(self, block: Array, slot: Array, start: int, unit: int, masked: bool) -> None:
-        n = jnp.int32(self.call.heads_per_unit)
-        keys, values = (self._entries(buffer, slot, unit, start) for buffer in self.buffers)  # [entries, H], [.., Hv]
+    def _scores(self, block: Array, slot: Array, start: int, unit: int, masked: bool) -> Float[Array, "rows entries"]:
+        keys, n = self._entries(self.buffers[0], slot, unit, start), jnp.int32(self.call.heads_per_unit)
+        scores = dot(self.q[unit], keys, (1, 1)) * self._constant(unit, K_FACTOR)
         column = jax.lax.broadcasted_iota(jnp.int32, (1, keys.shape[0]), 1)
-        scores = dot(self.q[unit], keys, (1, 1)) * self._constant(unit, K_FACTOR)  # [rows, entries]
         if self.call.heads_per_unit > 1:
             own = jax.lax.rem(column, n) == self._constant(unit, HEAD).astype(jnp.int32)
             scores = jnp.where(own, scores, -jnp.inf)
         if masked:
-            base = block * self.call.paging.block + start
             query = self.seen.first + self._constant(unit, TOKEN).astype(jnp.int32)
-            key = base + jax.lax.div(column, n)
+            key = block * self.call.paging.block + start + jax.lax.div(column, n)
             scores = jnp.where(visible(query, key, self.call.paging.window), scores, -jnp.inf)
-            key = base + jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, values.shape, 0), n)
-            values = self.seen.zeroed(values, key)
-        top = self.top[unit]  # [rows, 1]
-        new_top = jnp.maximum(top, scores.max(axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_top)
-        decay = jnp.exp2(top - new_top)
-        self.top[unit] = new_top
-        self.total[unit] = self.total[unit] * decay + weights.sum(axis=1, keepdims=True)
-        self.acc[unit] = self.acc[unit] * decay + dot(weights.astype(values.dtype), values, (1, 0))
+        return scores
+
+    def _values(self, block: Array, slot: Array, start: int, unit: int, masked: bool) -> Float[Array, "entries Hv"]:
+        values, n = self._entries(self.buffers[1], slot, unit, start), jnp.int32(self.call.heads_per_unit)
+        if not masked:
+            return values
+        row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+        return self.seen.zeroed(values, block * self.call.paging.block + start + jax.lax.div(row, n))
 
     def _entries(self, buffer: Any, slot: Array, unit: int, start: int) -> Num[Array, "entries width"]:
         """Keys or values of one unit: `chunk` tokens from `start` on, the heads of a token one after the other."""
