@@ -17,6 +17,7 @@ import functools
 import json
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ from infer.sampling import SamplingParams, batch_arrays, batch_mode, start_histo
 from ministral_jax.cache import CachePlan, PagedBatch, PagedCache, allocate_cache, plan_cache
 from ministral_jax.catalog import find
 from ministral_jax.config import ModelConfig
-from ministral_jax.parameters import initialize
+from ministral_jax.linear import projections
+from ministral_jax.parameters import ParameterSpec, fill
+from ministral_jax.quantization import LinearFormat
 from ministral_jax.transformer import Transformer
 from pallas_kernels import paged_attention
 
@@ -147,9 +150,22 @@ def rates(seconds: float, n_bytes: int, bandwidth: float) -> dict[str, float]:
     }
 
 
-def random_model(config: ModelConfig) -> Transformer:
-    """The model with bfloat16 weights drawn on the device."""
-    return initialize(Transformer(dataclasses.replace(config, quantization=None), jnp.bfloat16), jax.random.key(0))
+def random_model(config: ModelConfig, stored: LinearFormat | None = None) -> Transformer:
+    """The model with random weights, drawn on the device: bfloat16, or its projections as `stored`."""
+    model = Transformer(dataclasses.replace(config, quantization=None), jnp.bfloat16)
+    if stored is not None:
+        for projection in projections(model).values():
+            projection.store_as(stored)
+
+    def draw(name: str, spec: ParameterSpec) -> jax.Array:
+        key = jax.random.key(zlib.crc32(name.encode()))
+        if spec.dtype == jnp.int8:
+            return jax.random.randint(key, spec.shape, -127, 128, jnp.int8)
+        if spec.init == "stored":
+            return jnp.full(spec.shape, 0.02 / 73, spec.dtype)  # 73 is what such integers deviate by
+        return 0.02 * jax.random.normal(key, spec.shape, spec.dtype)
+
+    return fill(model, draw)
 
 
 @dataclasses.dataclass
@@ -299,8 +315,8 @@ def transformers_seconds(config: ModelConfig, length: int) -> float | str:
 
 
 def measure_prompt(name: str, length: int) -> dict[str, Any]:
-    """A prompt of `length` tokens in chunks, the second time over, with what the device held at most."""
-    model = random_model(named(name))
+    """A prompt of `length` tokens with int8 weights, the second time over, with what the device held at most."""
+    model = random_model(named(name), LinearFormat("int8_channel", "dynamic"))
     decoder = Decoder(model, 1, length)
     tables = PageTables(decoder.plan, 1)
     cache: PagedCache = decoder.cache
