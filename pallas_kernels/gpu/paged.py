@@ -86,7 +86,7 @@ def paged_attention_gpu(
     from .paged_forward import Operands, paged_forward
 
     positions = page_table.shape[1] * page
-    sizes = Sizes(T, lengths.shape[0], N, K, H, Hv, page, positions, k_pages.dtype.itemsize)
+    sizes = Sizes(T, lengths.shape[0], N, K, H, Hv, positions, k_pages.dtype.itemsize)
     plan = plan_for(sizes, window)
     tiles = cut_tiles(query_starts.astype(jnp.int32), lengths.astype(jnp.int32), T, plan.tokens)
     first = tiles.position[:, 0]

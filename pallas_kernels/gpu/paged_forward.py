@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from .extent import Extent, Steps, key_limits, key_steps
 from .flash_forward import LOG2_E, NOTHING_YET, Softmax, mask_scores
 from .paged_blocks import (
+    BlockMemory,
     Blocks,
     Seen,
     await_keys,
@@ -63,17 +64,18 @@ class Shared(NamedTuple):
     """Shared memory and barriers of one tile."""
 
     q_or_out: Any  # the outputs lie over the queries, which are done with by then
-    blocks: Blocks
+    blocks: BlockMemory
     lse: Any
     q_full: Any
     q_done: Any
-    turn: Any  # whose products may be issued; None for a consumer alone
+    turn: Any  # whose products may be issued; None where every consumer has blocks to itself
 
 
 class Consumer(NamedTuple):
     """What one consumer needs at every step."""
 
     shared: Shared
+    blocks: Blocks
     me: Array  # which consumer
     steps: Steps
     limits: tuple[Array | None, Array]
@@ -83,7 +85,7 @@ class Consumer(NamedTuple):
 
     def start(self, i: Array) -> Array:
         """Position of the first key of step i; steps count from the newest block."""
-        return (self.steps.stop - 1 - i) * self.shared.blocks.block
+        return (self.steps.stop - 1 - i) * self.blocks.block
 
 
 def paged_forward(
@@ -102,7 +104,7 @@ def paged_forward(
             jax.ShapeDtypeStruct((plan.splits, M, K, rows, Hv), out_dtype),
             jax.ShapeDtypeStruct((plan.splits, M, K, rows), jnp.float32),
         ),
-        grid=(K, M, plan.splits),
+        grid=(K, M, plan.splits // plan.rings),
         grid_names=("head", "tile", "split"),
         num_threads=plan.consumers + 1,
         thread_name="warpgroup",
@@ -115,19 +117,19 @@ def paged_forward(
 
 
 def _shared(plan: PagedPlan, H: int, Hv: int, page: int, dtype: Any, pool_dtype: Any, out_dtype: Any) -> Shared:
-    stages, block, consumers = plan.stages, plan.block, plan.consumers
-    full = plgpu.Barrier(num_barriers=stages, num_arrivals=copies_per_block(block, page))
-    free = plgpu.Barrier(num_barriers=stages, num_arrivals=consumers)
-    narrow, together = jnp.dtype(pool_dtype).itemsize == 1, consumers > 1
-    blocks = Blocks(
-        k=swizzled((stages, block, H), pool_dtype),
-        v=swizzled((stages, block, Hv), pool_dtype),
+    slots, block, consumers = plan.rings * plan.stages, plan.block, plan.consumers
+    full = plgpu.Barrier(num_barriers=slots, num_arrivals=copies_per_block(block, page))
+    free = plgpu.Barrier(num_barriers=slots, num_arrivals=consumers // plan.rings)
+    narrow, together = jnp.dtype(pool_dtype).itemsize == 1, plan.rings < consumers
+    blocks = BlockMemory(
+        k=swizzled((slots, block, H), pool_dtype),
+        v=swizzled((slots, block, Hv), pool_dtype),
         k_full=full,
         v_full=full,
         k_free=free,
         v_free=free,
-        wide_k=swizzled((block, H), dtype) if narrow else None,
-        wide_v=swizzled((block, Hv), dtype) if narrow else None,
+        wide_k=swizzled((plan.rings, block, H), dtype) if narrow else None,
+        wide_v=swizzled((plan.rings, block, Hv), dtype) if narrow else None,
         v_clear=plgpu.Barrier(num_arrivals=consumers) if together else None,
     )
     return Shared(
@@ -143,40 +145,56 @@ def _shared(plan: PagedPlan, H: int, Hv: int, page: int, dtype: Any, pool_dtype:
 
 
 def _tile(gmem: Operands, out: Any, lse: Any, shared: Shared, *, plan: PagedPlan, interpreted: bool) -> None:
-    warpgroup, head, split = (lax.axis_index(name) for name in ("warpgroup", "head", "split"))
+    warpgroup, head = lax.axis_index("warpgroup"), lax.axis_index("head")
     # Later tiles of a prompt see more keys: they start first, so that short ones fill the end.
     index = gmem.q.shape[0] - 1 - lax.axis_index("tile")
     first, last = gmem.first[index], gmem.last[index]
-    steps = _share(_steps(plan, first, last, jnp.minimum(warpgroup, plan.consumers - 1)), split, plan.splits)
-    used, busy = last >= first, steps.stop > steps.start
-    rows = pl.ds(warpgroup * ROWS_EACH, min(ROWS_EACH, gmem.q.shape[2]))
-    lse_rows = lse.at[split, index, head, rows]
+    me = jnp.minimum(warpgroup, plan.consumers - 1)
+    # Consumers have either keys of their own, for all rows, or rows of their own, over all keys.
+    ring, row_block = (me, jnp.zeros_like(me)) if plan.rings > 1 else (jnp.zeros_like(me), me)
+    begin = lax.axis_index("split") * plan.rings
+    whole = _steps(plan, first, last, row_block)
+    steps = _share(whole, begin + ring, plan.splits)
+    used = last >= first
+    busy = used & (steps.stop > steps.start)
+    any_busy = used & (_share(whole, begin, plan.splits).stop > whole.start)
+    rows = pl.ds(row_block * ROWS_EACH, min(ROWS_EACH, gmem.q.shape[2]))
+    lse_rows = lse.at[begin + ring, index, head, rows]
 
-    @pl.when(used & busy & (warpgroup < plan.consumers))
+    @pl.when(any_busy & (warpgroup < plan.consumers))
     def consume() -> None:
         if plan.consumers > 1:
             plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        queries = shared.q_or_out[0].at[warpgroup, pl.ds(0, rows.size)]
-        plgpu.copy_gmem_to_smem(gmem.q.at[index, head, rows], queries, shared.q_full.at[warpgroup])
-        oldest, _ = key_limits(_extent(plan), first)
-        seen = Seen(jnp.zeros_like(first) if oldest is None else oldest, last)
-        limits = _limits(plan, first, last, warpgroup)
-        consumer = Consumer(shared, warpgroup, steps, limits, seen, gmem.score_factor[head], interpreted)
-        acc, softmax = _attend(consumer)
-        factor = None if gmem.value_factor is None else gmem.value_factor[head]
-        _store(consumer, acc, softmax, factor, out.at[split, index, head, rows], lse_rows)
 
-    @pl.when(used & busy & (warpgroup == plan.consumers))
+        @pl.when(busy)
+        def attend() -> None:
+            queries = shared.q_or_out[0].at[me, pl.ds(0, rows.size)]
+            plgpu.copy_gmem_to_smem(gmem.q.at[index, head, rows], queries, shared.q_full.at[me])
+            oldest, _ = key_limits(_extent(plan), first)
+            seen = Seen(jnp.zeros_like(first) if oldest is None else oldest, last)
+            limits = _limits(plan, first, last, row_block)
+            blocks = Blocks(shared.blocks, ring, plan.stages)
+            consumer = Consumer(shared, blocks, me, steps, limits, seen, gmem.score_factor[head], interpreted)
+            acc, softmax = _attend(consumer)
+            factor = None if gmem.value_factor is None else gmem.value_factor[head]
+            _store(consumer, acc, softmax, factor, out.at[begin + ring, index, head, rows], lse_rows)
+
+        if plan.rings > 1:
+            pl.when(~busy)(functools.partial(plgpu.barrier_arrive, shared.q_done))
+
+    @pl.when(any_busy & (warpgroup == plan.consumers))
     def produce() -> None:
         if plan.consumers > 1:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        load_pages(shared.blocks, gmem.k, gmem.v, gmem.page_table.at[gmem.sequence[index]], head, steps)
+        rings = [jnp.int32(r) for r in range(plan.rings)]
+        loads = [(Blocks(shared.blocks, r, plan.stages), _share(whole, begin + r, plan.splits)) for r in rings]
+        load_pages(loads, gmem.k, gmem.v, gmem.page_table.at[gmem.sequence[index]], head)
 
     if plan.splits > 1:
 
-        @pl.when(~(used & busy) & (warpgroup < plan.consumers))
+        @pl.when(~busy & (warpgroup < plan.consumers))
         def leave_nothing() -> None:
-            mine = shared.lse.at[warpgroup]
+            mine = shared.lse.at[me]
             mine[...] = per_row(-math.inf, ROWS_EACH)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine.at[pl.ds(0, rows.size)], lse_rows)
@@ -249,7 +267,7 @@ def _attend(consumer: Consumer) -> tuple[Array, Softmax]:
 
 
 def _first_step(consumer: Consumer) -> tuple[Array, Softmax]:
-    shared, me, blocks = consumer.shared, consumer.me, consumer.shared.blocks
+    shared, me, blocks = consumer.shared, consumer.me, consumer.blocks
     zero = jnp.int32(0)
     if shared.turn is not None:
         pl.when(me == 1)(lambda: plgpu.barrier_arrive(shared.turn.at[0]))
@@ -269,13 +287,13 @@ def _first_step(consumer: Consumer) -> tuple[Array, Softmax]:
     softmax, _ = _advance(consumer, scores, per_row(NOTHING_YET, ROWS_EACH), per_row(0.0, ROWS_EACH))
     await_values(blocks, zero)
     clear_strangers(blocks, zero, consumer.start(zero), consumer.seen, me)
-    Hv = blocks.v.shape[2]
+    Hv = shared.blocks.v.shape[2]
     return zeros(ROWS_EACH, Hv), softmax._replace(weights=softmax.weights.astype(shared.q_or_out[0].dtype))
 
 
 def _step(consumer: Consumer, limits: tuple[Array | None, Array | None], i: Array, carry: tuple) -> tuple:
     """Scores of step i over values of step i - 1; see `flash_forward` for the order of waits."""
-    shared, blocks = consumer.shared, consumer.shared.blocks
+    shared, blocks = consumer.shared, consumer.blocks
     acc, softmax = carry
 
     def products(scores: Accumulator, mixed: Accumulator) -> tuple[Array, Softmax]:
@@ -300,11 +318,11 @@ def _step(consumer: Consumer, limits: tuple[Array | None, Array | None], i: Arra
 def _await_next_keys(consumer: Consumer, i: Array) -> None:
     """Until the keys of step i are there, if there is such a step."""
     there = i < consumer.steps.stop - consumer.steps.start
-    pl.when(there)(lambda: await_keys(consumer.shared.blocks, i))
+    pl.when(there)(lambda: await_keys(consumer.blocks, i))
 
 
 def _last_product(consumer: Consumer, acc: Array, softmax: Softmax) -> tuple[Array, Softmax]:
-    shared, me, blocks = consumer.shared, consumer.me, consumer.shared.blocks
+    shared, me, blocks = consumer.shared, consumer.me, consumer.blocks
     last = consumer.steps.stop - consumer.steps.start - 1
     plgpu.barrier_arrive(shared.q_done)
     if consumer.limits[0] is not None:

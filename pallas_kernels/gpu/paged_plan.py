@@ -12,7 +12,9 @@ from .tiles import LINE, ROWS_EACH, SHARED_MEMORY_LIMIT
 MULTIPROCESSORS = 132  # of an H100 SXM or H200
 FULL_ENOUGH = 0.8  # tiles per multiprocessor from which on keys are not split
 EFFICIENT = 0.85  # of the best share of busy multiprocessors, where keys are split
-MOST_STAGES = {1: 6, 2: 2}  # by consumers: decoding waits for memory, and keeps as much on its way as fits
+PROMPT_STAGES = 2
+DECODING_STAGES = 6  # at most: decoding waits for memory, and keeps as much on its way as fits
+WIDEST_PAIR = 128  # of heads in 8-bit pools for two consumers, whose registers are fewer than those of one alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +25,17 @@ class PagedPlan:
       window: keys a query sees, itself included; None for all before it.
       group: query heads per key head.
       consumers: warpgroups that multiply, 64 rows each.
+      rings: 1 where all consumers multiply the same blocks; else one per consumer, each with keys of its own.
       tokens: query tokens of a tile.
       rows: `tokens * group`, up to whole eights: the rows of a tile in memory.
-      block, stages: keys of one loaded block, and how many blocks are in flight.
-      splits: parts that the keys of a tile are cut into.
+      block, stages: keys of one loaded block, and how many blocks of a ring are in flight.
+      splits: parts that the keys of a tile are cut into, a multiple of `rings`.
     """
 
     window: int | None
     group: int
     consumers: int
+    rings: int
     tokens: int
     rows: int
     block: int
@@ -39,10 +43,10 @@ class PagedPlan:
     splits: int
 
     def bytes_needed(self, width: int, value_width: int, pool_bytes: int) -> int:
-        """Shared memory of one tile: queries or outputs, the ring, widened blocks, row values and barriers."""
+        """Shared memory of one tile: queries or outputs, the rings, widened blocks, row values and barriers."""
         out_bytes = 2 if self.splits == 1 else 4
         resident = self.consumers * ROWS_EACH * max(2 * width, out_bytes * value_width)
-        both = self.block * (width + value_width)
+        both = self.rings * self.block * (width + value_width)
         widened = 2 * both if pool_bytes == 1 else 0
         return resident + self.stages * both * pool_bytes + widened + 2 * LINE
 
@@ -57,29 +61,31 @@ class Sizes:
     kv_heads: int
     width: int
     value_width: int
-    page: int
     positions: int  # that a page table has room for
     pool_bytes: int
 
 
 def plan_for(sizes: Sizes, window: int | None) -> PagedPlan:
-    """The plan of a call. Pools of 8 bits are served by one consumer, which widens the blocks for itself."""
-    group = sizes.heads // sizes.kv_heads
+    """The plan of a call. Over 8-bit pools every consumer widens blocks for itself, and so has keys of its own."""
+    group, narrow = sizes.heads // sizes.kv_heads, sizes.pool_bytes == 1
     share = max(sizes.tokens // max(sizes.sequences, 1), 1)  # tokens of a sequence, if all have the same
-    consumers = 1 if sizes.pool_bytes == 1 or share * group <= ROWS_EACH else 2
-    most = consumers * ROWS_EACH // group
+    prompt = not narrow and share * group > ROWS_EACH
+    rings = 2 if narrow and max(sizes.width, sizes.value_width) <= WIDEST_PAIR else 1
+    most = (2 if prompt else 1) * ROWS_EACH // group
     tokens = min(1 << (share - 1).bit_length(), most)
-    rows = -(-tokens * group // 8) * 8 if consumers == 1 else consumers * ROWS_EACH
-    block = 128 if consumers == 2 and sizes.width + sizes.value_width <= 256 else 64
+    rows = 2 * ROWS_EACH if prompt else -(-tokens * group // 8) * 8
+    block = 128 if prompt and sizes.width + sizes.value_width <= 256 else 64
     reach = sizes.positions if window is None else min(sizes.positions, window + tokens + block)
-    splits = split_count(tile_count(sizes.tokens, sizes.sequences, tokens) * sizes.kv_heads, -(-reach // block))
-    whole = PagedPlan(window, group, consumers, tokens, rows, block, MOST_STAGES[consumers], 1)
-    plans = [dataclasses.replace(whole, splits=splits, stages=stages) for stages in range(whole.stages, 1, -1)]
-    plans += [dataclasses.replace(whole, stages=stages) for stages in range(whole.stages, 0, -1)]
+    tiles = tile_count(sizes.tokens, sizes.sequences, tokens) * sizes.kv_heads
+    splits = rings * split_count(tiles, -(-reach // (rings * block)))
+    plan = PagedPlan(window, group, 2 if prompt else rings, rings, tokens, rows, block, PROMPT_STAGES, splits)
+    stages = [PROMPT_STAGES] if prompt else range(DECODING_STAGES, 0, -1)
+    plans = [dataclasses.replace(plan, stages=n, splits=m) for m in (splits, rings) for n in stages]
     return next(
         plan
         for plan in plans
         if plan.bytes_needed(sizes.width, sizes.value_width, sizes.pool_bytes) <= SHARED_MEMORY_LIMIT
+        and (plan.stages > 1 or plan.splits == rings)
     )
 
 

@@ -204,7 +204,7 @@ def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     def await_and_release(blocks: Any, i: Any) -> None:
         await_values(blocks, i)
-        plgpu.barrier_arrive(blocks.v_free.at[blocks.slot(i)])
+        plgpu.barrier_arrive(blocks.memory.v_free.at[blocks.slot(i)])
 
     if bug.startswith("keys"):
         monkeypatch.setattr(paged_forward, "await_keys", lambda blocks, i: None)
@@ -215,7 +215,7 @@ def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(paged_forward, "clear_strangers", lambda *_: None)
     elif bug == "fence":
         monkeypatch.setattr(paged_blocks, "_fence", lambda: None)
-    monkeypatch.setattr(paged_plan, "MOST_STAGES", {1: 2, 2: 2})
+    monkeypatch.setattr(paged_plan, "DECODING_STAGES", 2)
     monkeypatch.setattr(paged_plan, "MULTIPROCESSORS", 1)  # one split with all blocks
     jax.clear_caches()  # the traced kernel of another bug
     pool = "int8" if bug == "fence" else None
@@ -230,7 +230,7 @@ def test_the_shares_of_a_tile_are_exactly_the_blocks_that_it_sees(consumers: int
 
     block, group = 64, 3
     for window, first, tokens in itertools.product((None, 1, 64, 100), (0, 63, 130, 400), (1, 21)):
-        plan = plan_for(Sizes(tokens, 1, group, 1, 64, 64, 16, 1024, 2), window)
+        plan = plan_for(Sizes(tokens, 1, group, 1, 64, 64, 1024, 2), window)
         plan = dataclasses.replace(plan, consumers=consumers, block=block, splits=splits)
         last = first + tokens - 1
         at, key = np.arange(first, last + 1), np.arange(512)

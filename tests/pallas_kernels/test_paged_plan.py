@@ -32,15 +32,15 @@ def test_there_are_never_more_splits_than_blocks() -> None:
 @pytest.mark.parametrize(("tokens", "sequences"), [(1, 1), (64, 64), (256, 64), (2048, 4), (2048, 64), (1, 7)])
 @pytest.mark.parametrize("pool_bytes", [1, 2])
 def test_every_plan_fits_shared_memory_and_its_rows(tokens: int, sequences: int, pool_bytes: int) -> None:
-    for width, value_width, page, window in itertools.product(WIDTHS, WIDTHS, PAGES, (None, 4096)):
+    for width, value_width, window in itertools.product(WIDTHS, WIDTHS, (None, 4096)):
         for heads, kv_heads in ((32, 8), (40, 8), (64, 1), (8, 8)):
-            sizes = Sizes(tokens, sequences, heads, kv_heads, width, value_width, page, 262_144, pool_bytes)
+            sizes = Sizes(tokens, sequences, heads, kv_heads, width, value_width, 262_144, pool_bytes)
             plan = plan_for(sizes, window)
             assert plan.bytes_needed(width, value_width, pool_bytes) <= SHARED_MEMORY_LIMIT
-            assert plan.tokens * plan.group <= plan.rows <= 64 * plan.consumers
+            assert plan.tokens * plan.group <= plan.rows <= 64 * plan.consumers // plan.rings
             assert plan.rows % 8 == 0
-            assert plan.consumers == 1 or pool_bytes == 2
-            assert plan.block % page == 0 or page % plan.block == 0
+            assert plan.splits % plan.rings == 0
+            assert all(plan.block % page == 0 or page % plan.block == 0 for page in PAGES)
 
 
 GOOD: dict[str, Any] = {"dtypes": ("bfloat16",) * 3, "widths": (128, 128), "heads": (32, 8), "page": 16}
