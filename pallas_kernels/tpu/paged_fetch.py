@@ -17,6 +17,9 @@ from jaxtyping import Array
 
 from .paged_tiles import TileScalars
 
+# Pages whose copies are started in straight code: one alone takes 27 instruction bundles, most of them waiting.
+PAGES_STARTED = 8
+
 
 class Paging(NamedTuple):
     """Everything static about the pages of a call."""
@@ -61,7 +64,7 @@ class Pipeline(NamedTuple):
     table: Any  # HBM [B, pages]
     pools: tuple[Any, Any]  # HBM [P, ...], keys and values
     buffers: tuple[Any, Any]  # VMEM [2, pages_per_block, ...]
-    entries: Any  # SMEM [2, pages_per_piece]
+    entries: Any  # SMEM [2 * pages_per_piece]
     counts: Any  # SMEM [2]: blocks, pieces
     table_semaphores: Any  # [2]
     page_semaphores: Any  # [2, 2]: buffer, keys or values
@@ -73,7 +76,9 @@ class Pipeline(NamedTuple):
     def _piece(self, m: Array, piece: Array, slot: Array) -> Any:
         start = pl.multiple_of(piece * self.paging.pages_per_piece, self.paging.pages_per_piece)
         row = self.table.at[self.scalars.sequence[m], pl.ds(start, self.paging.pages_per_piece)]
-        return pltpu.make_async_copy(row, self.entries.at[slot], self.table_semaphores.at[slot])
+        place = pl.multiple_of(slot * self.paging.pages_per_piece, self.paging.pages_per_piece)
+        entries = self.entries.at[pl.ds(place, self.paging.pages_per_piece)]
+        return pltpu.make_async_copy(row, entries, self.table_semaphores.at[slot])
 
     def _next_piece(self, m: Array, piece: Array, slot: Array) -> None:
         """Starts the copy of the piece that will be wanted after this one, if there is one."""
@@ -89,14 +94,11 @@ class Pipeline(NamedTuple):
             start = block_span(self.paging, self.scalars, follower).start
             self._piece(follower, jax.lax.div(start, jnp.int32(self.blocks_per_piece)), slot).start()
 
-    def _for_each_page(self, m: Array, block: Array, do: Callable[[Array, Array], None]) -> None:
-        """Runs `do(page, place in the buffer)` over the visible pages of a block."""
-        pages, first = page_span(self.paging, self.scalars, m), block * self.paging.pages_per_block
-        start, stop = jnp.maximum(pages.start, first), jnp.minimum(pages.stop, first + self.paging.pages_per_block)
-
-        @pl.loop(start, stop)
-        def _page(number: Array) -> None:
-            do(number, number - first)
+    def _visible(self, m: Array, block: Array) -> tuple[Span, Array]:
+        """Places of a block's visible pages in the buffer, and whether these are all of its pages."""
+        pages, n = page_span(self.paging, self.scalars, m), self.paging.pages_per_block
+        start, stop = jnp.maximum(pages.start - block * n, 0), jnp.minimum(pages.stop - block * n, n)
+        return Span(start, stop), stop - start == n
 
     def _copies(self, entry: Array, slot: Array, place: Array) -> list[Any]:
         return [
@@ -117,34 +119,43 @@ class Pipeline(NamedTuple):
             self.counts[1] = number + 1
             self._next_piece(m, piece, (number + 1) & 1)
 
-        entries = (self.counts[1] - 1) & 1
+        places, full = self._visible(m, block)
+        first = block * self.paging.pages_per_block - piece * self.paging.pages_per_piece
+        first = first + ((self.counts[1] - 1) & 1) * self.paging.pages_per_piece
 
-        def start(number: Array, place: Array) -> None:
-            entry = self.entries[entries, number - piece * self.paging.pages_per_piece]
-            entry = jnp.clip(entry, 0, self.pools[0].shape[0] - 1)  # as indexing in jax.numpy would
+        def start(place: Array) -> None:
+            entry = jnp.clip(self.entries[first + place], 0, self.pools[0].shape[0] - 1)  # as jax.numpy would
             for copy in self._copies(entry, slot, place):
                 copy.start()
 
-        self._for_each_page(m, block, start)
+        @pl.when(full)
+        def _all() -> None:
+            n = min(PAGES_STARTED, self.paging.pages_per_block)
+
+            @pl.loop(0, self.paging.pages_per_block // n)
+            def _run(run: Array) -> None:
+                for i in range(n):
+                    start(run * n + i)
+
+        @pl.when(jnp.logical_not(full))
+        def _some() -> None:
+            pl.loop(places.start, places.stop)(start)
 
     def _await_block(self, m: Array, block: Array, slot: Array) -> None:
-        pages, first = page_span(self.paging, self.scalars, m), block * self.paging.pages_per_block
-        full = (pages.start <= first) & (first + self.paging.pages_per_block <= pages.stop)
+        places, full = self._visible(m, block)
 
         @pl.when(full)
-        def _at_once() -> None:
+        def _all() -> None:
             for i, buffer in enumerate(self.buffers):
                 whole = buffer.at[slot]
                 pltpu.make_async_copy(whole, whole, self.page_semaphores.at[slot, i]).wait()
 
         @pl.when(jnp.logical_not(full))
-        def _one_by_one() -> None:
-            def wait(number: Array, place: Array) -> None:
-                del number
+        def _some() -> None:
+            @pl.loop(places.start, places.stop)
+            def _page(place: Array) -> None:
                 for copy in self._copies(jnp.int32(0), slot, place):
                     copy.wait()
-
-            self._for_each_page(m, block, wait)
 
     def for_each_block(self, m: Array, compute: Callable[[Array, Array], None]) -> None:
         """Runs `compute(block, buffer)` over the blocks of tile m, in order, each when its pages have arrived."""

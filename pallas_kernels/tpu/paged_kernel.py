@@ -69,7 +69,7 @@ def _scratch(call: PagedCall, H: int, Hv: int, dtype: Any, pool_dtypes: tuple[An
             pltpu.VMEM((2, paging.pages_per_block, *page, width), x)
             for width, x in zip((H, Hv), pool_dtypes, strict=True)
         ],
-        pltpu.SMEM((2, paging.pages_per_piece), jnp.int32),
+        pltpu.SMEM((2 * paging.pages_per_piece,), jnp.int32),
         pltpu.SMEM((2,), jnp.int32),
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SemaphoreType.DMA((2, 2)),
@@ -124,7 +124,7 @@ def paged_call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=call.vmem_limit_bytes,
-            flags=COMPILER_FLAGS,
+            flags=None if call.by_rows else COMPILER_FLAGS,
             disable_bounds_checks=True,  # they double the instructions that start a copy; page numbers are clamped
         ),
         cost_estimate=cost,
