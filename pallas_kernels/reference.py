@@ -71,7 +71,7 @@ def token_positions(
     at position `lengths[b] - n + i`. Rows from `query_starts[-1]` on are padding.
     """
     row = jnp.arange(n_tokens, dtype=jnp.int32)
-    sequence = jnp.searchsorted(query_starts, row, side="right").astype(jnp.int32) - 1
+    sequence = jnp.searchsorted(query_starts, row, side="right", method="compare_all").astype(jnp.int32) - 1
     real = row < query_starts[-1]
     safe = jnp.clip(sequence, 0, lengths.shape[0] - 1)
     position = lengths[safe] - query_starts[safe + 1] + row

@@ -18,7 +18,7 @@ from .flash import DTYPES, LOG2_E, OLDEST_JAX, interpreter
 from .paged_plan import Sizes, plan_for
 
 NARROW = ("int8", "float8_e4m3fn")  # pools that are widened on the way, to bfloat16 queries
-WIDEST_NARROW = 192  # beyond it, widening a block spills registers
+WIDEST_NARROW = 128  # beyond it, widening a block spills registers
 WIDTHS = (64, 96, 128, 192, 256)
 PAGES = (16, 32, 64, 128, 256)
 
@@ -108,11 +108,10 @@ def paged_attention_gpu(
         interpret=interpreter(interpret),
     )
     out, lse = (out[0], lse[0]) if plan.splits == 1 else _merge(out, lse)
-    packed_out = jnp.zeros((T, N, Hv), q.dtype)
-    packed_lse = jnp.full((T, N), -jnp.inf, jnp.float32)
-    out = _by_token(out, plan.tokens, N // K).reshape(*tiles.rows.shape, N, Hv).astype(q.dtype)
-    lse = _by_token(lse, plan.tokens, N // K).reshape(*tiles.rows.shape, N)
-    return packed_out.at[tiles.rows].set(out, mode="drop"), packed_lse.at[tiles.rows].set(lse, mode="drop")
+    places = jnp.arange(tiles.rows.size, dtype=jnp.int32)
+    place = jnp.full(T, tiles.rows.size, jnp.int32).at[tiles.rows.reshape(-1)].set(places, mode="drop")  # [T]
+    out = _unpacked(out, place, plan.tokens, N // K, 0.0).reshape(T, N, Hv)
+    return out.astype(q.dtype), _unpacked(lse, place, plan.tokens, N // K, -jnp.inf).reshape(T, N)
 
 
 def _packed_queries(
@@ -126,10 +125,11 @@ def _packed_queries(
     return jnp.pad(packed, ((0, 0), (0, 0), (0, rows - packed.shape[2]), (0, 0)))
 
 
-def _by_token(x: Array, tokens: int, group: int) -> Array:
-    """[M, K, rows, ...] as [M, tile, K, G, ...]."""
+def _unpacked(x: Array, place: Int[Array, "T"], tokens: int, group: int, padding: float) -> Array:
+    """[M, K, rows, ...] as [T, K, G, ...]: of each packed row what stands at its place among the tiles' tokens."""
     M, K = x.shape[:2]
-    return x[:, :, : tokens * group].reshape(M, K, tokens, group, *x.shape[3:]).swapaxes(1, 2)
+    by_token = x[:, :, : tokens * group].reshape(M, K, tokens, group, *x.shape[3:])
+    return by_token.at[place // tokens, :, place % tokens].get(mode="fill", fill_value=padding)
 
 
 def _merge(

@@ -14,7 +14,6 @@ FULL_ENOUGH = 0.8  # tiles per multiprocessor from which on keys are not split
 EFFICIENT = 0.85  # of the best share of busy multiprocessors, where keys are split
 PROMPT_STAGES = 2
 DECODING_STAGES = 6  # at most: decoding waits for memory, and keeps as much on its way as fits
-WIDEST_PAIR = 128  # of heads in 8-bit pools for two consumers, whose registers are fewer than those of one alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def plan_for(sizes: Sizes, window: int | None) -> PagedPlan:
     group, narrow = sizes.heads // sizes.kv_heads, sizes.pool_bytes == 1
     share = max(sizes.tokens // max(sizes.sequences, 1), 1)  # tokens of a sequence, if all have the same
     prompt = not narrow and share * group > ROWS_EACH
-    rings = 2 if narrow and max(sizes.width, sizes.value_width) <= WIDEST_PAIR else 1
+    rings = 2 if narrow else 1
     most = (2 if prompt else 1) * ROWS_EACH // group
     tokens = min(1 << (share - 1).bit_length(), most)
     rows = 2 * ROWS_EACH if prompt else -(-tokens * group // 8) * 8

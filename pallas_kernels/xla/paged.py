@@ -111,7 +111,9 @@ def cut_tiles(query_starts: Int[Array, "B_plus_1"], lengths: Int[Array, "B"], n_
     ends = jnp.cumsum(-(-counts // tile))  # tiles used up to and including each sequence
     most = n_tokens if tile == 1 else n_tokens // tile + min(B, n_tokens)
     index = jnp.arange(most, dtype=jnp.int32)
-    sequence = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)  # [M], B for unused tiles
+    sequence = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(
+        jnp.int32
+    )  # [M], B for unused tiles
     safe = jnp.minimum(sequence, B - 1)
     within = index - jnp.where(safe > 0, ends[safe - 1], 0)
     row = within[:, None] * tile + jnp.arange(tile, dtype=jnp.int32)  # [M, tile], row within the sequence
