@@ -4,9 +4,11 @@
 
 Per shape and direction: milliseconds, TFLOP/s over the pairs that are visible, the floor (visible operations over the
 chip's dense 16-bit rate, or bytes over its bandwidth, whichever is longer), their ratio, and each peer's time. Before
-anything is timed, out, lse and gradients are compared with the blockwise XLA path on the device. A peer that is not
-installed or refuses a shape is skipped, and the reason printed. `--smoke` uses tiny shapes, runs on a CPU, and times
-the XLA path in the place of the kernels: it checks this script, and its numbers mean nothing.
+anything is timed, out, lse and gradients are compared with the blockwise XLA path on the device. All shapes are timed
+with the kernels and cuDNN first, then with the other peers, and the file is written after each: where `--limit` ends
+the run early, what is missing are peers. A peer that is not installed or refuses a shape is skipped, and the reason
+kept. `--smoke` uses tiny shapes, runs on a CPU (PyTorch's peers too), and times the XLA path in the place of the
+kernels: it checks this script, and its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -79,11 +81,13 @@ class Shape:
 DEFAULT = [
     *(Shape(tokens, None) for tokens in (4096, 8192, 16384, 32768)),
     *(Shape(tokens, 4096) for tokens in (8192, 16384, 32768, 131072)),
-    *(Shape(tokens, 1024) for tokens in (4096, 16384, 32768, 131072)),
+    *(Shape(tokens, 1024) for tokens in (4096, 8192, 16384, 32768, 131072)),
     Shape(131072, 32768),
     Shape(131072, None),
 ]
 SMOKE = [Shape(96, None, 4, 2, 64), Shape(96, 32, 4, 2, 64)]
+PASSES = [["cudnn"], ["torch_sdpa", "xla"], ["torch_flex"]]  # the slowest to compile comes last
+TORCH_BLOCK = 128  # of flex_attention's block mask, both ways
 
 
 @dataclasses.dataclass
@@ -146,29 +150,48 @@ def cudnn(window: int | None) -> Callable[..., jax.Array]:
     )
 
 
-def torch_calls(shape: Shape, flex: bool) -> dict[str, Callable[[], Any]]:
+def torch_block_mask(shape: Shape, device: str) -> Any:
+    """Which blocks flex_attention visits, and which of them it need not mask: by arithmetic, not from a dense mask."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
+    reach = min(shape.window or shape.tokens, shape.tokens)
+    blocks = torch.arange(-(-shape.tokens // TORCH_BLOCK), device=device)
+    nearest = (blocks[:, None] - blocks[None]) * TORCH_BLOCK - (TORCH_BLOCK - 1)  # smallest distance of a pair
+    farthest = nearest + 2 * (TORCH_BLOCK - 1)
+    bare = (nearest >= 0) & (farthest < reach)
+    masked = (farthest >= 0) & (nearest < reach) & ~bare
+
+    def listed(which: Any) -> tuple[Any, Any]:
+        order = which.int().argsort(dim=-1, descending=True, stable=True)
+        return which.sum(dim=-1).int()[None, None], order.int()[None, None]
+
+    def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (i >= j) & (i - j < reach)
+
+    lengths = (shape.tokens, shape.tokens)
+    return BlockMask.from_kv_blocks(*listed(masked), *listed(bare), TORCH_BLOCK, seen, seq_lengths=lengths)
+
+
+def torch_calls(shape: Shape, flex: bool, device: str) -> dict[str, Callable[[], Any]]:
     """scaled_dot_product_attention, or flex_attention with a block mask of the window. Imports torch."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch sees no GPU")
 
     def made(heads: int) -> Any:
         size = (shape.batch, heads, shape.tokens, shape.width)
-        return torch.randn(size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        return torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
 
     q, k, v = made(shape.heads), made(shape.kv_heads), made(shape.kv_heads)
     if flex:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
-        reach = shape.window or shape.tokens
-
-        def seen(b: Any, h: Any, i: Any, j: Any) -> Any:
-            return (i >= j) & (i - j < reach)
-
-        mask = create_block_mask(seen, None, None, shape.tokens, shape.tokens, device="cuda")
-        compiled = torch.compile(flex_attention)
+        torch.compiler.reset()  # it gives up on a function after eight sets of shapes
+        mask = torch_block_mask(shape, device)
+        compiled = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
         attend = lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)  # noqa: E731
     elif shape.window is not None and shape.window < shape.tokens:
         raise RuntimeError("scaled_dot_product_attention has no window")
@@ -187,27 +210,33 @@ def torch_wait(result: Any) -> None:
     import torch
 
     del result
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def peer_times(shape: Shape, arrays: tuple[jax.Array, ...], budget: float) -> dict[str, dict[str, float | str]]:
-    """Milliseconds by peer and direction, or the one-line reason why there are none."""
-    makers: dict[str, tuple[Callable[[], dict[str, Callable[[], Any]]], Callable[[Any], Any]]] = {
-        "cudnn": (lambda: pair_of(cudnn(shape.window), arrays), jax.block_until_ready),
-        "xla": (lambda: pair_of(xla(shape), arrays), jax.block_until_ready),
-        "torch_sdpa": (lambda: torch_calls(shape, flex=False), torch_wait),
-        "torch_flex": (lambda: torch_calls(shape, flex=True), torch_wait),
-    }
-    times: dict[str, dict[str, float | str]] = {}
-    for name, (make, wait) in makers.items():
-        try:
-            calls = make()
-            times[name] = {way: 1e3 * best_seconds(call, wait, budget) for way, call in calls.items()}
-        except Exception as error:  # a peer may fail in any way; the run goes on and says why
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
-            print(f"  {name} skipped: {reason}", flush=True)
-            times[name] = {"forward": reason, "backward": reason}
-    return times
+def peer_times(name: str, shape: Shape, budget: float, torch_device: str) -> dict[str, float | str]:
+    """Milliseconds of a peer by direction, or the one-line reason why there are none."""
+    wait = torch_wait if name.startswith("torch") else jax.block_until_ready
+    try:
+        if name.startswith("torch"):
+            calls = torch_calls(shape, name == "torch_flex", torch_device)
+        else:
+            calls = pair_of(cudnn(shape.window) if name == "cudnn" else xla(shape), shape.arrays())
+        return {way: 1e3 * best_seconds(call, wait, budget) for way, call in calls.items()}
+    except Exception as error:  # a peer may fail in any way; the run goes on and says why
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+        print(f"  {name} skipped for {shape.tokens}:{shape.window or 'none'}: {reason}", flush=True)
+        return {"forward": reason, "backward": reason}
+
+
+def checked_shapes(shapes: list[Shape]) -> list[Shape]:
+    """Shorter ones that stand for these: the tiles are the same, and long shapes would spend the time on the check."""
+    short = set()
+    for shape in shapes:
+        tokens = min(shape.tokens, 2 * shape.window if shape.window else 4096, 8192)
+        window = None if shape.window is None or shape.window >= tokens else shape.window
+        short.add(dataclasses.replace(shape, tokens=tokens if window else min(tokens, 4096), window=window))
+    return sorted(short, key=str)
 
 
 def check(shape: Shape, implementation: str) -> dict[str, float]:
@@ -230,16 +259,12 @@ def check(shape: Shape, implementation: str) -> dict[str, float]:
     return errors
 
 
-def measure(shape: Shape, implementation: str, budget: float, peers: bool) -> list[Row]:
-    arrays = shape.arrays()
-    ours = pair_of(jax_attention(implementation, shape.window), arrays)
-    others = peer_times(shape, arrays, budget) if peers else {}
+def measure(shape: Shape, implementation: str, budget: float) -> list[Row]:
     rows = []
-    for direction, call in ours.items():
+    for direction, call in pair_of(jax_attention(implementation, shape.window), shape.arrays()).items():
         seconds = best_seconds(call, jax.block_until_ready, budget)
         work = shape.operations() * (1 if direction == "forward" else BACKWARD_WORK)
         floor = shape.floor_seconds(direction)
-        peer_values = {name: values[direction] for name, values in others.items()}
         rows.append(
             Row(
                 shape.tokens,
@@ -249,7 +274,7 @@ def measure(shape: Shape, implementation: str, budget: float, peers: bool) -> li
                 work / seconds / 1e12,
                 None if floor is None else 1e3 * floor,
                 None if floor is None else floor / seconds,
-                peer_values,
+                {},
             )
         )
     return rows
@@ -298,34 +323,51 @@ def parsed(text: str) -> Shape:
         raise argparse.ArgumentTypeError(f"{text!r}: expected TOKENS:WINDOW, such as 16384:4096 or 4096:none") from None
 
 
+def run(
+    shapes: list[Shape], implementation: str, budget: float, passes: list[list[str]], torch_device: str, until: float
+) -> Iterator[list[Row]]:
+    """All rows so far, after each shape of each pass; the first pass times the kernels too. Ends when it is `until`."""
+    rows: dict[Shape, list[Row]] = {}
+    for number, peers in enumerate(passes or [[]]):
+        for shape in shapes:
+            if time.perf_counter() > until:
+                print("time is up", flush=True)
+                return
+            if number == 0:
+                rows[shape] = measure(shape, implementation, budget)
+            for name in peers:
+                found = peer_times(name, shape, budget, torch_device)
+                for row in rows[shape]:
+                    row.peers[name] = found[row.direction]
+            for row in rows[shape]:
+                print(line(row), flush=True)
+            yield [row for of_shape in rows.values() for row in of_shape]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", type=parsed, default=None, metavar="TOKENS:WINDOW")
     parser.add_argument("--implementation", default="pallas_gpu")
     parser.add_argument("--seconds", type=float, default=0.5, help="spent on each measurement")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which nothing new is begun")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, also on a CPU")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    until = time.perf_counter() + arguments.limit
     shapes = arguments.shapes or (SMOKE if arguments.smoke else DEFAULT)
     implementation = "xla" if arguments.smoke else arguments.implementation
     seconds = 0.01 if arguments.smoke else arguments.seconds
     print(json.dumps(machine()), flush=True)
-    # Long shapes would spend the time on the check. The tiles are the same: shorter ones of each window stand for them.
-    checked = {dataclasses.replace(shape, tokens=min(shape.tokens, 8192)) for shape in shapes}
-    errors = {
-        f"{shape.tokens}:{shape.window or 'none'}": check(shape, implementation) for shape in sorted(checked, key=str)
-    }
+    errors = {f"{s.tokens}:{s.window or 'none'}": check(s, implementation) for s in checked_shapes(shapes)}
     print(f"equal to xla within {TOLERANCE}: {', '.join(errors)}", flush=True)
     if arguments.check_only:
         return
     print(" tokens window direction        ms  TFLOP/s    floor  ratio  peers (ms)", flush=True)
-    rows: list[Row] = []
-    for shape in shapes:
-        for row in measure(shape, implementation, seconds, not arguments.no_peers):
-            rows.append(row)
-            print(line(row), flush=True)
+    passes = [] if arguments.no_peers else PASSES
+    torch_device = "cpu" if arguments.smoke and jax.default_backend() == "cpu" else "cuda"
+    for rows in run(shapes, implementation, seconds, passes, torch_device, until):
         record = {"machine": machine(), "implementation": implementation, "errors": errors}
         if arguments.out is not None:
             write(arguments.out, record | {"rows": [dataclasses.asdict(row) for row in rows]})
