@@ -6,6 +6,7 @@ asked.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -139,6 +140,7 @@ def _merge(
     top = lse.max(axis=0)
     weights = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0.0))  # [splits, M, K, rows]
     total = weights.sum(axis=0)
-    shares = weights / jnp.where(total > 0, total, 1.0)
-    merged = jnp.where(shares[..., None] > 0, shares[..., None] * out, 0.0).sum(axis=0)
+    # One sum after the other, not a reduction: the compiler makes one fusion of it, with what follows.
+    shares = [jnp.where(w[..., None] > 0, w[..., None] * o, 0.0) for w, o in zip(weights, out, strict=True)]
+    merged = functools.reduce(jnp.add, shares) / jnp.where(total > 0, total, 1.0)[..., None]
     return merged, jnp.log(total) + jnp.where(jnp.isfinite(top), top, 0.0)
