@@ -191,20 +191,33 @@ def caught(case: Case) -> bool:
     return races_found() or not np.allclose(out.astype(jnp.float32), wanted, atol=0.03)
 
 
-@pytest.mark.parametrize(
-    "bug",
-    ["none", "keys used before they arrived", "values released before they are used", "strangers not cleared", "fence"],
-)
+ALONE = Case((300,), (1,), page=64, G=1)
+BUGS = {
+    "none": ALONE,
+    "keys used before they arrived": ALONE,
+    "values released before they are used": ALONE,
+    "strangers not cleared": ALONE,
+    "widened without a fence": dataclasses.replace(ALONE, pool="int8"),
+    "the other's half not awaited": Case((100,), (70,), page=64, G=1),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.gpu import paged_blocks, paged_forward
 
-    await_values = paged_forward.await_values
+    await_values, clear_strangers = paged_forward.await_values, paged_forward.clear_strangers
 
     def await_and_release(blocks: Any, i: Any) -> None:
         await_values(blocks, i)
         plgpu.barrier_arrive(blocks.memory.v_free.at[blocks.slot(i)])
+
+    def clear_and_go_on(*arguments: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(plgpu, "barrier_wait", lambda barrier: None)
+            clear_strangers(*arguments)
 
     if bug.startswith("keys"):
         monkeypatch.setattr(paged_forward, "await_keys", lambda blocks, i: None)
@@ -213,13 +226,14 @@ def test_a_planted_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(paged_forward, "release_values", lambda blocks, i: None)
     elif bug.startswith("strangers"):
         monkeypatch.setattr(paged_forward, "clear_strangers", lambda *_: None)
-    elif bug == "fence":
+    elif bug.startswith("widened"):
         monkeypatch.setattr(paged_blocks, "_fence", lambda: None)
+    elif bug.startswith("the other"):
+        monkeypatch.setattr(paged_forward, "clear_strangers", clear_and_go_on)
     monkeypatch.setattr(paged_plan, "DECODING_STAGES", 2)
     monkeypatch.setattr(paged_plan, "MULTIPROCESSORS", 1)  # one split with all blocks
     jax.clear_caches()  # the traced kernel of another bug
-    pool = "int8" if bug == "fence" else None
-    assert caught(Case((300,), (1,), page=64, G=1, pool=pool)) == (bug != "none")
+    assert caught(BUGS[bug]) == (bug != "none")
 
 
 @pytest.mark.parametrize("splits", [1, 3])
