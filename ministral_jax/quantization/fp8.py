@@ -17,9 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .rounding import FP8_MAX, dynamic_scale, to_fp8
-from .weight import contract
+from .weight import contract, vector_product
 
 BLOCK = 128
+# What one token is filled up to on a TPU: a tile of rows in bfloat16.
+TPU_TOKENS = 16
 # Partial sums of all groups of columns are held at once up to this size; beyond it the groups are gone through in turn.
 MAX_PARTIAL_BYTES = 64 * 2**20
 
@@ -66,34 +68,70 @@ class Fp8BlockWeight:
         return jnp.repeat(rows, BLOCK, axis=1)[:, :n_in]
 
     def product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
-        """`x @ W.T` with activations as they are and W rounded to their dtype."""
-        return contract(x, self.dequantize(x.dtype)).astype(x.dtype)
+        """`x @ W.T` with activations as they are; the scales multiply float32 sums over 128 columns."""
+        columns, weights = self._groups(x)
+        return self._sums(columns, weights.astype(x.dtype), None).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
     def quantized_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`q(x) @ W.T`: 128 columns at a time, each token's group in e4m3 with its own scale, sums in float32."""
+        columns, weights = self._groups(x)
+        x_scale = dynamic_scale(columns, FP8_MAX)  # [G, T, 1]
+        sums = self._sums(to_fp8(columns, x_scale), weights, x_scale)  # [T, O]
+        return sums.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def _groups(self, x: Float[Array, "*T I"]) -> tuple[Float[Array, "G tokens 128"], Float[Array, "O G 128"]]:
+        """Activations and payload in groups of 128 columns, the last one filled up with zeros."""
         n_out, n_in = self.payload.shape
         groups = self.scale.shape[1]
-        padding = groups * BLOCK - n_in
-        tokens = x.reshape(-1, n_in)  # [T, I]
-        columns = jnp.pad(tokens, ((0, 0), (0, padding))).reshape(-1, groups, BLOCK).swapaxes(0, 1)  # [G, T, 128]
-        weights = jnp.pad(self.payload, ((0, 0), (0, padding))).reshape(n_out, groups, BLOCK)
-        x_scale = dynamic_scale(columns, FP8_MAX)  # [G, T, 1]
-        quantized = to_fp8(columns, x_scale)
-        row_scale = jnp.repeat(self.scale, BLOCK, axis=0)[:n_out].T[:, None, :]  # [G, 1, O]
+        filling = ((0, 0), (0, groups * BLOCK - n_in))
+        columns = jnp.pad(x.reshape(-1, n_in), filling).reshape(-1, groups, BLOCK).swapaxes(0, 1)
+        return columns, jnp.pad(self.payload, filling).reshape(n_out, groups, BLOCK)
+
+    def _sums(
+        self,
+        columns: Float[Array, "G tokens 128"],
+        weights: Float[Array, "O G 128"],
+        x_scale: Float[Array, "G tokens 1"] | None,
+    ) -> Float[Array, "tokens O"]:
+        """Sums over groups of their products times both scales, in float32."""
+        (groups, tokens, _), n_out = columns.shape, len(weights)
+        row_scale = jnp.repeat(self.scale, BLOCK, axis=0)[:n_out]  # [O, G]
+        if tokens == 1:
+            return self._of_one_token(columns, weights, row_scale, x_scale)
+
+        def scaled(part: Array, g: Array | slice) -> Array:
+            part = part * row_scale.T[g, None, :]
+            return part if x_scale is None else part * x_scale[g]
+
+        if 4 * groups * tokens * n_out <= MAX_PARTIAL_BYTES:
+            axes = (((2,), (2,)), ((0,), (1,)))
+            parts = lax.dot_general(columns, weights, axes, preferred_element_type=jnp.float32)  # [G, T, O]
+            return jnp.sum(scaled(parts, slice(None)), axis=0)
 
         def group(sums: Array, g: Array) -> tuple[Array, None]:
-            part = contract(quantized[g], weights[:, g])  # [T, O]
-            return sums + part * x_scale[g] * row_scale[g], None
+            return sums + scaled(contract(columns[g], weights[:, g]), g), None
 
-        if 4 * groups * len(tokens) * n_out <= MAX_PARTIAL_BYTES:
-            parts = lax.dot_general(
-                quantized, weights, (((2,), (2,)), ((0,), (1,))), preferred_element_type=jnp.float32
-            )  # [G, T, O]
-            sums = jnp.sum(parts * x_scale * row_scale, axis=0)  # [T, O]
-        else:
-            start = jnp.zeros((len(tokens), n_out), jnp.float32)
-            sums, _ = lax.scan(group, start, jnp.arange(groups))
-        return sums.astype(x.dtype).reshape(*x.shape[:-1], n_out)
+        return lax.scan(group, jnp.zeros((tokens, n_out), jnp.float32), jnp.arange(groups))[0]
+
+    def _of_one_token(
+        self,
+        columns: Float[Array, "G 1 128"],
+        weights: Float[Array, "O G 128"],
+        row_scale: Float[Array, "O G"],
+        x_scale: Float[Array, "G 1 1"] | None,
+    ) -> Float[Array, "1 O"]:
+        """As a sum of products; but on a TPU XLA writes the matrix for that, and not for products of 16 tokens."""
+
+        def alone() -> Array:
+            scale = row_scale if x_scale is None else row_scale * x_scale[:, 0, 0]
+            return vector_product(columns.reshape(-1), weights.reshape(len(weights), -1), scale, BLOCK)[None]
+
+        def among_zeros() -> Array:
+            others = ((0, 0), (0, TPU_TOKENS - 1), (0, 0))
+            scales = None if x_scale is None else jnp.pad(x_scale, others)
+            return self._sums(jnp.pad(columns, others), weights, scales)[:1]
+
+        return lax.platform_dependent(tpu=among_zeros, default=alone)
 
 
 def blocks(size: int) -> int:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
-from .rounding import unpacked
-from .weight import contract
+from .rounding import even_and_odd, unpacked
+from .weight import contract, is_one_token, vector_product
 
 BLOCK = 64
 NF4_VALUES = (
@@ -63,8 +63,18 @@ class Nf4Weight:
         )
 
     def product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
-        """`x @ W.T` with W rounded to the dtype of `x`; activations are never quantised with this format."""
-        return contract(x, self.dequantize(x.dtype)).astype(x.dtype)
+        """`x @ W.T`, W rounded to the dtype of `x` unless that is one token; activations are never quantised here."""
+        n_out, half = self.payload.shape
+        constants = self.constants()  # [O, blocks]
+        sums: Array = jnp.zeros((*x.shape[:-1], n_out), jnp.float32)
+        for columns, nibbles in even_and_odd(x, self.payload):
+            values = nf4_values(nibbles)  # [O, I/2]
+            if is_one_token(x):
+                sums += vector_product(columns.reshape(-1), values, constants, BLOCK // 2).reshape(sums.shape)
+            else:
+                spread = jnp.repeat(constants, BLOCK // 2, axis=1)[:, :half]
+                sums += contract(columns, (values * spread).astype(x.dtype))
+        return sums.astype(x.dtype)
 
 
 def nf4_values(nibbles: UInt8[Array, "*S"]) -> Float[Array, "*S"]:

@@ -13,8 +13,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from .rounding import FP4_MAX, FP8, FP8_EPS, FP8_MAX, absolute_maximum, divided, e2m1_values, to_e2m1, unpacked
-from .weight import contract
+from .rounding import (
+    FP4_MAX,
+    FP8,
+    FP8_EPS,
+    FP8_MAX,
+    absolute_maximum,
+    divided,
+    e2m1_values,
+    even_and_odd,
+    to_e2m1,
+    unpacked,
+)
+from .weight import contract, is_one_token, vector_product
 
 GROUP = 16
 
@@ -33,21 +44,28 @@ class Nvfp4Weight:
         scale = divided(self.scale, self.global_scale)  # [O, G]
         return (e2m1_values(unpacked(self.payload)) * jnp.repeat(scale, GROUP, axis=1)).astype(dtype)
 
-    def _locally(self, dtype: DTypeLike) -> Float[Array, "O I"]:
-        """The matrix before its divisor, which these dtypes hold exactly."""
-        scale = jnp.repeat(self.scale.astype(jnp.float32), GROUP, axis=1)
-        return (e2m1_values(unpacked(self.payload)) * scale).astype(dtype)
-
     def product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`x @ W.T` with activations as they are; the divisor divides the float32 sums."""
-        return (contract(x, self._locally(x.dtype)) / self.global_scale).astype(x.dtype)
+        return (self._local_product(x) / self.global_scale).astype(x.dtype)
 
     def quantized_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`q(x) @ W.T`, activations in NVFP4 with group scales of their own."""
         assert self.input_global_scale is not None, "activations of this matrix have no global scale"
         local = nvfp4_rounded(x, self.input_global_scale).astype(x.dtype)
-        sums = contract(local, self._locally(x.dtype))  # [*T, O]
-        return (sums / self.input_global_scale / self.global_scale).astype(x.dtype)
+        return (self._local_product(local) / self.input_global_scale / self.global_scale).astype(x.dtype)
+
+    def _local_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """`x @ W.T` for the matrix before its divisor, in float32."""
+        scale = self.scale.astype(jnp.float32)  # [O, G]
+        sums: Array = jnp.zeros((*x.shape[:-1], len(scale)), jnp.float32)
+        for columns, nibbles in even_and_odd(x, self.payload):
+            values = e2m1_values(nibbles)  # [O, I/2]
+            if is_one_token(x):
+                sums += vector_product(columns.reshape(-1), values, scale, GROUP // 2).reshape(sums.shape)
+            else:
+                half = values * jnp.repeat(scale, GROUP // 2, axis=1)  # exact in 16 bits
+                sums += contract(columns, half.astype(x.dtype))
+        return sums
 
 
 def nvfp4_rounded(x: Float[Array, "*T I"], global_scale: Float[Array, ""]) -> Float[Array, "*T I"]:

@@ -69,3 +69,8 @@ def unpacked(payload: UInt8[Array, "O half"]) -> UInt8[Array, "O I"]:
     """Nibbles in the order of their columns: the low one of a byte is column 2k, the high one column 2k + 1."""
     pairs = jnp.stack([payload & 15, payload >> 4], axis=-1)  # [O, I/2, 2]
     return pairs.reshape(payload.shape[0], -1)
+
+
+def even_and_odd(x: Float[Array, "*T I"], payload: UInt8[Array, "O half"]) -> list[tuple[Array, Array]]:
+    """Even columns of activations with the nibbles they meet, then odd ones: so that no nibbles are interleaved."""
+    return [(x[..., 0::2], payload & 15), (x[..., 1::2], payload >> 4)]

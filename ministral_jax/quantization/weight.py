@@ -1,7 +1,8 @@
-"""What every quantised matrix can do, and the one contraction they share. The formats are in the files beside this."""
+"""What every quantised matrix can do, and the contractions they share. The formats are in the files beside this."""
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -35,3 +36,20 @@ class QuantizedProduct(QuantizedWeight, Protocol):
 def contract(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:
     """`x @ weight.T` summed in float32."""
     return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def is_one_token(x: Float[Array, "*T I"]) -> bool:
+    """Whether `x` is a single vector, as when one sequence decodes."""
+    return math.prod(x.shape[:-1]) == 1
+
+
+def vector_product(
+    x: Float[Array, "I"], values: Float[Array, "O I"], scale: Float[Array, "O groups"], size: int
+) -> Float[Array, "O"]:
+    """`sum over i of values[o, i] * scale[o, i // size] * x[i]` in float32, values being computed from fewer bits.
+
+    A sum of products, not a dot: compilers fuse into it whatever gives the values, and write no matrix of them to
+    memory, which is what decoding one sequence costs.
+    """
+    spread = jnp.repeat(scale, size, axis=1)[:, : values.shape[1]]  # [O, I]
+    return jnp.sum(values.astype(jnp.float32) * spread * x.astype(jnp.float32), axis=1)

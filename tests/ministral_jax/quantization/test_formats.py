@@ -75,6 +75,29 @@ def test_quantised_products_round_activations_as_the_format_says(case, shape):
     assert not np.asarray(found)[1].any()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", [CASES[7], CASES[9], CASES[10], CASES[11], CASES[12]])
+def test_one_token_decodes_to_what_many_give(case, shape):
+    _, weight, _ = drawn(case, shape)
+    x = jnp.asarray(tokens(shape))
+    together = np.asarray(weight.product(x), np.float64)
+    assert worst(weight.product(x[:1]), together[:1]) < 1e-6
+    assert worst(weight.product(x[None, None, 3]), together[None, None, 3]) < 1e-6
+    if isinstance(weight, QuantizedProduct) and case[1] != "none":
+        rounded = np.asarray(weight.quantized_product(x), np.float64)
+        assert worst(weight.quantized_product(x[3]), rounded[3]) < 1e-6
+
+
+def test_one_token_among_zeros_is_the_same(monkeypatch):
+    _, weight, _ = drawn(CASES[7], (160, 272))
+    x = jnp.asarray(tokens((160, 272)))[:1]
+    alone = [np.asarray(product(x), np.float64) for product in (weight.product, weight.quantized_product)]
+    monkeypatch.setattr(fp8.lax, "platform_dependent", lambda *, tpu, default: tpu())
+    among = [product(x) for product in (weight.product, weight.quantized_product)]
+    assert among[0].shape == (1, 160)
+    assert max(map(worst, among, alone)) < 1e-6
+
+
 def test_groups_gone_through_in_turn_give_what_all_at_once_give(monkeypatch):
     _, weight, _ = drawn(("fp8_block", "dynamic", "hf"), (160, 272))
     x = jnp.asarray(tokens((160, 272)).reshape(2, 3, 272))
