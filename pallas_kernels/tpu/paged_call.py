@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Num
+from jaxtyping import Array, Bool, Int, Num
 
 from .paged_fetch import Paging
 
@@ -53,6 +53,9 @@ class Seen(NamedTuple):
         far = True if window is None else begin > self.last - window
         return (begin + n - 1 <= self.first) & far
 
-    def zeroed(self, values: Num[Array, "*shape"], key: Array) -> Num[Array, "*shape"]:
-        """`values` without those that no row sees, which may be NaN; `key` is the position of each."""
-        return jnp.where((key >= self.oldest) & (key <= self.last), values, jnp.zeros_like(values))
+
+def zeroed_outside(
+    values: Num[Array, "*shape"], at: Int[Array, "*shape"], first: Array, last: Array
+) -> Num[Array, "*shape"]:
+    """`values` with zero in place of those that do not stand at `first .. last`."""
+    return jnp.where((at >= first) & (at <= last), values, jnp.zeros_like(values))

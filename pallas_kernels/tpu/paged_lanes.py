@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Num
 
 from ..visibility import visible
 from .flash_forward import LOWEST_TOP
-from .paged_call import PagedCall, Seen
+from .paged_call import PagedCall, Seen, zeroed_outside
 from .tiles import LOG2_E, dot
 
 # Units whose scores are asked of the matrix unit before the softmax of the current one: it then works during softmax.
@@ -100,7 +100,8 @@ class Lanes(NamedTuple):
         tokens = slice(start, start + self.call.chunk)
         keys, values = (self._by_head(buffer, slot, start) for buffer in self.buffers)  # [K, chunk, width]
         if masked:
-            values = self.seen.zeroed(values, base + jax.lax.broadcasted_iota(jnp.int32, values.shape, 1))
+            at = base + jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+            values = zeroed_outside(values, at, self.seen.oldest, self.seen.last)
         self.keys[:, tokens, :] = keys
         for u in range(self.call.kv_heads):
             self.values[u, :, tokens] = values[u].T

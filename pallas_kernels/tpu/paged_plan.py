@@ -112,6 +112,9 @@ def _part(
         needed = vector_memory(call, shapes.H, shapes.Hv, shapes.dtype, shapes.pool_dtypes)
         if needed <= usable:
             break
+        if not by_rows and call.paging.block <= sizes.chunk and tile > sizes.lanes:
+            tile //= 2
+            continue
         if call.paging.pages_per_block == 1:
             raise ValueError(
                 f"pages of {shapes.page} tokens with {shapes.K} key heads of width {shapes.H}/{shapes.Hv} need "

@@ -63,6 +63,8 @@ class Queries(NamedTuple):
     def _for_each_run(self, m: Array, do: Callable[[Array, int], None]) -> None:
         """Runs `do(first row, rows)` over runs that make up the rows of a tile; their lengths are powers of two."""
         count, n = self.scalars.count[m], self.out_buffer.shape[0]
+        while n > self.out.shape[0]:  # no such run exists, and no such slice can be written down
+            n //= 2
         while n:
 
             @pl.when((count & n) != 0)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Num
 
 from ..visibility import visible
 from .flash_forward import LOWEST_TOP
-from .paged_call import PagedCall, Seen
+from .paged_call import PagedCall, Seen, zeroed_outside
 from .tiles import LOG2_E, dot
 
 # Columns of the array of row constants.
@@ -97,24 +97,30 @@ class Rows(NamedTuple):
         return self.constants[unit][:, column : column + 1]
 
     def _scores(self, block: Array, slot: Array, start: int, unit: int, masked: bool) -> Float[Array, "rows entries"]:
-        keys, n = self._entries(self.buffers[0], slot, unit, start), jnp.int32(self.call.heads_per_unit)
+        """Entries are counted where positions would be divided: a window of W keys is one of W * n entries."""
+        keys, n = self._entries(self.buffers[0], slot, unit, start), self.call.heads_per_unit
         scores = dot(self.q[unit], keys, (1, 1)) * self._constant(unit, K_FACTOR)
         column = jax.lax.broadcasted_iota(jnp.int32, (1, keys.shape[0]), 1)
-        if self.call.heads_per_unit > 1:
-            own = jax.lax.rem(column, n) == self._constant(unit, HEAD).astype(jnp.int32)
+        if n > 1:
+            own = jax.lax.rem(column, jnp.int32(n)) == self._constant(unit, HEAD).astype(jnp.int32)
             scores = jnp.where(own, scores, -jnp.inf)
         if masked:
-            query = self.seen.first + self._constant(unit, TOKEN).astype(jnp.int32)
-            key = block * self.call.paging.block + start + jax.lax.div(column, n)
-            scores = jnp.where(visible(query, key, self.call.paging.window), scores, -jnp.inf)
+            first, window = self.seen.first - self._base(block, start), self.call.paging.window
+            query = (first + self._constant(unit, TOKEN).astype(jnp.int32)) * n + (n - 1)  # its last entry
+            mask = visible(query, column, None if window is None else window * n)
+            scores = jnp.where(mask, scores, -jnp.inf)
         return scores
 
     def _values(self, block: Array, slot: Array, start: int, unit: int, masked: bool) -> Float[Array, "entries Hv"]:
-        values, n = self._entries(self.buffers[1], slot, unit, start), jnp.int32(self.call.heads_per_unit)
+        """Values, zero where no row sees them, since they may be NaN there."""
+        values, n = self._entries(self.buffers[1], slot, unit, start), self.call.heads_per_unit
         if not masked:
             return values
-        row = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
-        return self.seen.zeroed(values, block * self.call.paging.block + start + jax.lax.div(row, n))
+        row, base = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0), self._base(block, start)
+        return zeroed_outside(values, row, (self.seen.oldest - base) * n, (self.seen.last - base) * n + (n - 1))
+
+    def _base(self, block: Array, start: int) -> Array:
+        return block * self.call.paging.block + start
 
     def _entries(self, buffer: Any, slot: Array, unit: int, start: int) -> Num[Array, "entries width"]:
         """Keys or values of one unit: `chunk` tokens from `start` on, the heads of a token one after the other."""
