@@ -4,7 +4,7 @@ Weights are abstract: nothing is allocated and nothing is run. Needs libtpu for 
 compiler wheels for the H200 (`pip install '.[aot]'`). One compilation at a time.
 
     ALLOW_MULTIPLE_LIBTPU_LOAD=1 python benchmarks/aot.py                     # every row, full depth
-    ALLOW_MULTIPLE_LIBTPU_LOAD=1 python benchmarks/aot.py --rows 1 --chips v5e v6e --layers 8
+    ALLOW_MULTIPLE_LIBTPU_LOAD=1 python benchmarks/aot.py --rows 0 --chips v5e v6e --layers 8
 
 Writes benchmarks/results/aot_decode.json: bytes of the arguments, of what is updated in place, of temporaries and of
 the largest weight.
@@ -38,6 +38,7 @@ from ministral_jax.transformer import Transformer
 
 RESULTS = Path(__file__).parent / "results" / "aot_decode.json"
 CHIPS = ("v5e", "v6e", "tpu7x", "h200")
+KEYS = ("model", "chip", "layers", "batch", "length", "page")  # of a row; another with the same replaces it
 KERNEL_CALL = r'custom_call_target="[^"]*(?:tpu_custom_call|mosaic_gpu)[^"]*"'
 CHUNK = 512  # tokens that a windowed layer keeps beyond its window
 
@@ -55,8 +56,8 @@ class Row:
 
 ROWS = (
     Row("ministral-8b-instruct-2410", 1, 131072, 64, ("v6e", "tpu7x", "h200")),
-    Row("ministral-8b-instruct-2410", 8, 16384, 64, ("v6e", "tpu7x", "h200")),
-    Row("ministral-8b-instruct-2410", 64, 8192, 16, ("tpu7x", "h200")),
+    Row("ministral-8b-instruct-2410", 8, 8192, 64, ("v6e", "tpu7x", "h200")),
+    Row("ministral-8b-instruct-2410", 64, 4096, 16, ("tpu7x", "h200")),
     Row("ministral-3-3b-instruct-2512", 1, 32768, 64, ("v5e", "v6e", "tpu7x", "h200")),
     Row("ministral-3-14b-instruct-2512", 1, 32768, 64, ("tpu7x", "h200")),
 )
@@ -153,17 +154,18 @@ def measure(row: Row, chip: str, layers: int | None) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=CHIPS)
-    parser.add_argument("--rows", type=int, default=len(ROWS), help="the first rows of the table only (default: all)")
+    parser.add_argument("--rows", type=int, nargs="+", default=range(len(ROWS)), help="of the table (default: all)")
     parser.add_argument("--layers", type=int, help="the first layers only, on every chip of --chips (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    results = []
-    for row in ROWS[: options.rows]:
+    results = json.loads(options.out.read_text()) if options.out.exists() else []
+    for row in (ROWS[i] for i in options.rows):
         for chip in options.chips:
             if options.layers is None and chip not in row.chips:
                 continue
-            results.append(measure(row, chip, options.layers))
-            print(json.dumps(results[-1]), flush=True)
+            found = measure(row, chip, options.layers)
+            print(json.dumps(found), flush=True)
+            results = [old for old in results if any(old[key] != found[key] for key in KEYS)] + [found]
             part = options.out.with_suffix(".partial")
             part.write_text(json.dumps(results, indent=1) + "\n")
             part.replace(options.out)
