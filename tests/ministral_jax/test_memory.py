@@ -150,6 +150,9 @@ def test_quantised_bytes_are_payload_scales_and_the_rest_in_bfloat16() -> None:
     assert weight_bytes(TINY, "int8_channel") == rest + numbers + 8 * 4 * sum(rows for rows, _ in matrices)
     assert weight_bytes(TINY, "fp8_block") == rest + numbers + 8 * 7 * 4  # no matrix is larger than a block
     groups = sum(rows * columns // 16 for rows, columns in matrices)
+    assert weight_bytes(TINY, "fp8_channel") == weight_bytes(TINY, "int8_channel")
+    constants = 8 * sum(rows * -(-columns // 64) for rows, columns in matrices)
+    assert weight_bytes(TINY, "nf4") == rest + numbers // 2 + 4 * constants
     assert weight_bytes(TINY, "nvfp4") == rest + numbers // 2 + 8 * (groups + 7 * 4)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ministral_jax.calibration import input_maxima
+from ministral_jax.checkpoints.convert import convert
 from ministral_jax.checkpoints.load import load_model
 from ministral_jax.checkpoints.quantize import quantize
 from ministral_jax.checkpoints.safetensors import SafetensorsFile
@@ -84,6 +85,17 @@ def test_compressed_tensors_go_into_hf(tmp_path):
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (block["quant_method"], block["format"]) == ("compressed-tensors", "int-quantized")
     assert block["ignore"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("stored", [STORED[0], STORED[1], STORED[4], STORED[6]], ids=lambda stored: stored.format)
+def test_quantised_checkpoints_are_converted_as_they_are(tmp_path, stored):
+    write_tiny_checkpoint(tmp_path / "dense", tiny_config(n_layers=1), "mistral", dtype="bfloat16")
+    quantize(tmp_path / "dense", tmp_path / "out", stored=stored)
+    convert(tmp_path / "out", tmp_path / "hf", to="hf")
+    before, after = (parameters(load_model(tmp_path / name)) for name in ("out", "hf"))
+    assert sorted(before) == sorted(after)
+    for name, array in before.items():
+        assert np.asarray(array).tobytes() == np.asarray(after[name]).tobytes(), name
 
 
 def test_largest_inputs_are_those_of_the_tokens_given(tmp_path):
