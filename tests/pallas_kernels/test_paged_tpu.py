@@ -21,6 +21,7 @@ from pallas_kernels.paged_dispatch import PagedProblem
 from pallas_kernels.reference import paged_attention_reference
 from pallas_kernels.tpu import paged_fetch, paged_rows
 from pallas_kernels.tpu.paged import paged_attention_tpu, unsupported
+from pallas_kernels.tpu.paged_kernel import vector_memory
 from pallas_kernels.tpu.paged_plan import PagedSizes, Shapes, plan
 from pallas_kernels.tpu.paged_tiles import paged_tiles
 from pallas_kernels.visibility import visible
@@ -38,10 +39,15 @@ PIECE = 2  # entries of a piece of the page table; Mosaic takes none below 128, 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pallas_kernels.tpu.paged_plan.LANES", PIECE)
+    monkeypatch.setattr(paged_fetch, "PAGES_STARTED", 1)
+
+
+# Knows vector memory as a chip does, NaN where nothing was written, and compiles in half the time of `True`.
+TPU = pltpu.InterpretParams(uninitialized_memory="nan")
 
 
 def kernels(
-    case: Case, call: Call, interpret: Any = True, sizes: PagedSizes = SIZES, **scales: Any
+    case: Case, call: Call, interpret: Any = TPU, sizes: PagedSizes = SIZES, **scales: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Output and log-sum-exp of the kernels."""
     run = functools.partial(
@@ -97,7 +103,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=3, phases=NO_SHRINKING)
+@settings(max_examples=4, phases=NO_SHRINKING)
 @given(case=cases())
 def test_the_kernels_equal_the_textbook_loop(case: Case) -> None:
     """NaN stands in the null page, in free pages, behind every window and past every length."""
@@ -124,7 +130,7 @@ def test_a_table_that_repeats_its_pages_is_a_ring() -> None:
             pool[1 + position // 4 % 3, position % 4] = array[position]
     table = 1 + np.arange(call.page_table.shape[1], dtype=np.int32)[None] % 3
     ring = call._replace(k_pages=pools[0], v_pages=pools[1], page_table=table)
-    assert_close(kernels(plain, ring), expected(plain, call))
+    assert_close(kernels(plain, ring, interpret=True), expected(plain, call))
 
 
 @pytest.mark.parametrize(("dtype", "counts"), [(jnp.int8, (13, 1, 0, 17)), (jnp.float8_e4m3fn, (1, 1, 0, 1))])
@@ -141,7 +147,7 @@ def test_8_bit_pools_stand_for_their_entries_times_the_scale_of_the_head(dtype: 
     stored = call._replace(**pools)  # pyright: ignore[reportArgumentType]
     reference = functools.partial(paged_attention_reference, window=6, scale=8**-0.5, **scales)
     want = jax.jit(reference, compiler_options=QUICK)(*map(jnp.asarray, stored))
-    assert_close(kernels(shape, stored, **scales), tuple(map(np.asarray, want)))
+    assert_close(kernels(shape, stored, interpret=True, **scales), tuple(map(np.asarray, want)))
 
 
 def test_bfloat16_gives_results_within_rounding() -> None:
@@ -248,12 +254,15 @@ def test_a_page_beyond_the_vector_memory_is_named() -> None:
     assert reason.startswith("pages of 256 tokens with 256 key heads of width 1024/1024 need ")
 
 
-def test_blocks_shrink_until_they_fit_the_vector_memory() -> None:
-    shapes = Shapes(jnp.dtype("bfloat16"), (jnp.dtype("int8"),) * 2, 2048, 4, 128, 64, 128, 128, 16, 1024, None)
-    sizes = PagedSizes(block_bytes=64 << 20, block_tokens=2048)
-    blocks = {chip: plan(shapes, chip, False, sizes)[-1].call for chip in ("v6e", "tpu7x")}
-    assert blocks["tpu7x"].paging.block < blocks["v6e"].paging.block <= 2048
-    assert blocks["tpu7x"].vmem_limit_bytes <= 60 << 20
+@pytest.mark.parametrize(("chip", "mib"), [("v6e", 96), ("tpu7x", 48)])
+def test_blocks_and_tiles_shrink_until_they_fit_the_vector_memory(chip: Any, mib: int) -> None:
+    pool = jnp.dtype("int8")
+    shapes = Shapes(jnp.dtype("bfloat16"), (pool, pool), 2048, 4, 128, 64, 128, 128, 16, 1024, None)
+    call = plan(shapes, chip, False, PagedSizes(block_bytes=64 << 20, block_tokens=2048))[-1].call
+    assert vector_memory(call, 128, 128, shapes.dtype, shapes.pool_dtypes) <= mib << 20
+    assert call.paging.block < 2048
+    assert call.tile < 512
+    assert call.vmem_limit_bytes > mib << 19
 
 
 def test_the_dispatch_serves_a_call_by_name() -> None:
