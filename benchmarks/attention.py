@@ -16,12 +16,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 
+from benchmarks.timing import best_seconds, machine, write
 from pallas_kernels import flash_attention
 
-RESULTS = Path(__file__).resolve().parent / "results"
 # NVIDIA's datasheets: dense bf16 operations and bytes per second.
 CHIPS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12)}
 BACKWARD_WORK = 2.5  # times the forward's operations, as everybody counts it
@@ -102,26 +99,6 @@ class Row:
     floor_milliseconds: float | None
     share_of_floor: float | None
     peers: dict[str, float | str]
-
-
-def best_seconds(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float) -> float:
-    """Fewest seconds per call: batches of calls, so that launches overlap, until `budget` seconds are spent."""
-    wait(run())
-    began = time.perf_counter()
-    wait(run())
-    once = max(time.perf_counter() - began, 1e-6)
-    calls = max(1, min(50, int(budget / 4 / once)))
-    best = float("inf")
-    until = time.perf_counter() + budget
-    while True:
-        began = time.perf_counter()
-        last = run()
-        for _ in range(calls - 1):
-            last = run()
-        wait(last)
-        best = min(best, (time.perf_counter() - began) / calls)
-        if time.perf_counter() >= until:
-            return best
 
 
 def pair_of(attend: Callable[..., jax.Array], arrays: tuple[jax.Array, ...]) -> dict[str, Callable[[], Any]]:
@@ -289,30 +266,6 @@ def line(row: Row) -> str:
     peers = "  ".join(f"{name} {t:.3f}" if isinstance(t, float) else f"{name} -" for name, t in row.peers.items())
     what = f"{row.tokens:7d} {row.window or 'none'!s:>6} {row.direction:8s}"
     return f"{what} {row.milliseconds:9.3f} {row.teraflops:8.1f} {floor}  {peers}"
-
-
-def machine() -> dict[str, Any]:
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    device = jax.devices()[0]
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin", "torch")},
-    }
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def parsed(text: str) -> Shape:

@@ -111,21 +111,22 @@ def share(got: jax.Array, want: jax.Array) -> float:
     return share if share == share else float("inf")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def run_sweep(about: str, sweep: Sequence[Any], interpreted: Sequence[Any], errors: Callable[..., Any]) -> None:
+    """The command line of a sweep: a line per case, exit code 1 if any is wrong. `errors(case, interpret)` compares."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--interpret", action="store_true")
     parser.add_argument("--part", default="1/1", help="which share of the cases, as NUMBER/COUNT")
     arguments = parser.parse_args()
     number, count = (int(n) for n in arguments.part.split("/"))
     failed = 0
-    for case in (INTERPRETED if arguments.interpret else SWEEP)[number - 1 :: count]:
+    for case in (interpreted if arguments.interpret else sweep)[number - 1 :: count]:
         found = errors(case, arguments.interpret)
         wrong = {name: value for name, value in found.items() if not value <= TOLERANCE[case.dtype]}
         failed += bool(wrong)
         print("WRONG" if wrong else "right", {k: float(f"{v:.2g}") for k, v in found.items()}, case, flush=True)
     if failed:
-        raise SystemExit(f"{failed} cases differ from the definition by more than {TOLERANCE}")
+        raise SystemExit(f"{failed} cases differ by more than {TOLERANCE}")
 
 
 if __name__ == "__main__":
-    main()
+    run_sweep(__doc__ or "", SWEEP, INTERPRETED, errors)

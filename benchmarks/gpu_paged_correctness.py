@@ -1,6 +1,6 @@
 """paged_attention's Hopper kernel on the device against the float32 jnp path. It times nothing.
 
-    python benchmarks/gpu_paged_correctness.py [--interpret]
+    python benchmarks/gpu_paged_correctness.py [--part 1/6] [--interpret]
 
 Ragged batches over shuffled pages, with NaN in the null page, in free pages, behind windows and past lengths. Prints
 one line per case with the largest difference of out and lse, as a share of the largest value, and exits with 1 if any
@@ -9,7 +9,6 @@ exceeds what 16-bit rounding explains. `--interpret` runs a few cases in the int
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_correctness import TOLERANCE, share
+from benchmarks.gpu_correctness import run_sweep, share
 from pallas_kernels import paged_attention
 
 ENTRY_SCALE = {"int8": 0.03, "float8_e4m3fn": 0.5}  # what an entry of an 8-bit pool is multiplied with
@@ -112,19 +111,5 @@ def errors(case: Case, interpret: bool) -> dict[str, float]:
     return {name: share(one, other) for name, one, other in zip(("out", "lse"), got, wanted, strict=True)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--interpret", action="store_true")
-    interpret = parser.parse_args().interpret
-    failed = 0
-    for case in INTERPRETED if interpret else SWEEP:
-        found = errors(case, interpret)
-        wrong = {name: value for name, value in found.items() if not value <= TOLERANCE[case.dtype]}
-        failed += bool(wrong)
-        print("WRONG" if wrong else "right", {k: float(f"{v:.2g}") for k, v in found.items()}, case, flush=True)
-    if failed:
-        raise SystemExit(f"{failed} cases differ from the jnp path by more than {TOLERANCE}")
-
-
 if __name__ == "__main__":
-    main()
+    run_sweep(__doc__ or "", SWEEP, INTERPRETED, errors)

@@ -1,30 +1,54 @@
 #!/bin/sh
-# Everything that needs a Hopper GPU, in under ten minutes: is it right on the device, then how fast is it.
-# Needs jax >= 0.11 with its CUDA plugin; torch for its two peers. Writes benchmarks/results/attention-<device>.json.
+# Everything that needs a Hopper GPU: is it right on the device, then how fast is it. Each half takes under ten minutes.
+# Needs jax >= 0.11 with its CUDA plugin; torch and transformers for their rows. Writes benchmarks/results/.
 #
-#     sh benchmarks/on_gpu.sh [python]
+#     sh benchmarks/on_gpu.sh flash [python]     flash_attention, forward and backward
+#     sh benchmarks/on_gpu.sh paged [python]     paged_attention, decode steps, a long prompt
 set -eu
 cd "$(dirname "$0")/.."
-python=${1:-python3}
+half=${1:-}
+python=${2:-python3}
+case $half in
+flash | paged) ;;
+*)
+    echo "usage: sh benchmarks/on_gpu.sh flash|paged [python]" >&2
+    exit 2
+    ;;
+esac
 export XLA_PYTHON_CLIENT_PREALLOCATE=false  # processes share the device, and torch does
 name=$("$python" -c "import jax; print(jax.devices()[0].device_kind.replace(' ', '-'))")
 
-# Right first: widths, groups, windows, ragged lengths, offsets, packed segments, both directions. Nearly all of it is
-# compiling, so six processes share it.
-parts=6
-running=
-for part in $(seq "$parts"); do
-    timeout 170 "$python" benchmarks/gpu_correctness.py --part "$part/$parts" &
-    running="$running $!"
-done
-wrong=0
-for process in $running; do
-    wait "$process" || wrong=$?
-done
-if [ "$wrong" -ne 0 ]; then
-    echo "not right on this device (status $wrong; 124 means that time was up): the benchmark is left out" >&2
-    exit "$wrong"
-fi
+# Widths, groups, windows, ragged lengths, pages. Nearly all of it is compiling, so six processes share the cases of a
+# script. Nothing is timed where something is wrong; status 124 means that time was up.
+right() {
+    running=
+    for part in 1 2 3 4 5 6; do
+        timeout 170 "$python" "$1" --part "$part/6" &
+        running="$running $!"
+    done
+    wrong=0
+    for process in $running; do
+        wait "$process" || wrong=$?
+    done
+    if [ "$wrong" -ne 0 ]; then
+        echo "not right on this device (status $wrong): the benchmark is left out" >&2
+        exit "$wrong"
+    fi
+}
 
-# Then fast. The kernels and cuDNN come first, rows are written as they are measured, and 60 s are left for the last one.
-timeout 420 "$python" benchmarks/attention.py --seconds 0.3 --limit 360 --out "benchmarks/results/attention-$name.json"
+# Rows are written as they are measured: where time is up, those before it are kept.
+case $half in
+flash)
+    right benchmarks/gpu_correctness.py
+    # The kernels and cuDNN come first, and 60 s are left for the last row.
+    timeout 420 "$python" benchmarks/attention.py --seconds 0.3 --limit 360 \
+        --out "benchmarks/results/attention-$name.json"
+    ;;
+paged)
+    right benchmarks/gpu_paged_correctness.py
+    out=benchmarks/results/decode
+    timeout 90 "$python" benchmarks/decode.py --parts attention --seconds 0.2 --out "$out-attention-$name.json"
+    timeout 90 "$python" benchmarks/decode.py --parts prompt --out "$out-prompt-$name.json" || echo "the prompt: $?"
+    timeout 230 "$python" benchmarks/decode.py --parts step --seconds 0.2 --out "$out-step-$name.json" || echo "steps: $?"
+    ;;
+esac
