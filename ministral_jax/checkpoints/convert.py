@@ -74,7 +74,7 @@ def convert(
     discards what another conversion left unfinished. `verify` reads everything again and compares before the result
     gets its name. `dry_run` plans alone and writes nothing.
 
-    Memory beyond the interpreter's own stays below about 100 MB, for orbax plus the largest tensor. Raises
+    Memory stays below about 100 MB, the interpreter's own included; for orbax see docs/checkpoints.md. Raises
     MinistralError in one line; what was written so far then stays in `target.partial`, for the next run to take up.
     """
     folder, destination = resolve(source, revision), Path(target).expanduser().absolute()

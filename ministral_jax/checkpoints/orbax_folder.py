@@ -22,6 +22,9 @@ from .safetensors_writer import TensorSpec
 FOLDER = "orbax"
 # Tensors are committed to disk together up to this size: a small one takes 40 ms alone.
 GROUP_BYTES = 64 * 2**20
+# orbax compresses, and decompresses, whole chunks; those of a few rows are kept for the rows that follow.
+CHUNK_BYTES = 8 * 2**20
+CACHE_BYTES = 128 * 2**20
 
 
 def is_orbax(folder: Path) -> bool:
@@ -51,6 +54,7 @@ class OrbaxReader:
     def __init__(self, folder: Path) -> None:
         self._path = (folder / FOLDER).resolve()
         self._open: tuple[str, Any] | None = None
+        self._context: Any = None
         with _named_errors(self._path, "read"):
             import orbax.checkpoint as ocp
 
@@ -88,8 +92,11 @@ class OrbaxReader:
         if self._open is None or self._open[0] != name:
             import tensorstore
 
+            if self._context is None:
+                self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
             kvstore = {"driver": "ocdbt", "base": f"file://{self._path}/", "path": f"{name}/"}
-            self._open = name, tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+            spec = {"driver": "zarr", "kvstore": kvstore, "recheck_cached_data": False}
+            self._open = name, tensorstore.open(spec, open=True, context=self._context).result()
         return self._open[1]
 
 
@@ -125,10 +132,12 @@ def write_orbax(folder: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
             async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
                 args = args or [ocp.SaveArgs()] * len(values)
                 for first, last in _groups([value.nbytes for value in values]):
-                    made = [value.make() for value in values[first:last]]
-                    for written in await super().serialize(made, infos[first:last], args[first:last]):
-                        await asyncio.to_thread(written.result)
+                    await self._write(values[first:last], infos[first:last], args[first:last])
                 return []
+
+            async def _write(self, values: Any, infos: Any, args: Any) -> None:
+                for written in await super().serialize([value.make() for value in values], infos, args):
+                    await asyncio.to_thread(written.result)
 
         registry = ocp.type_handlers.create_type_handler_registry(
             (jax.Array, ocp.type_handlers.ArrayHandler()), (_Coming, InTurn(deepcopy_host_arrays=False))
@@ -136,7 +145,8 @@ def write_orbax(folder: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
             tree = _tree({name: _Coming(spec, lambda name=name: make(name)) for name, spec in specs.items()})
-            checkpointer.save((folder / FOLDER).resolve(), ocp.args.PyTreeSave(tree))
+            in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+            checkpointer.save((folder / FOLDER).resolve(), ocp.args.PyTreeSave(tree, save_args=in_chunks))
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
