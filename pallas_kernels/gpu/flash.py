@@ -167,10 +167,7 @@ def _forward_with_residuals(
 def _backward(plan: Plan, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
     q, k, v, offset, segments, out, lse = residuals
     d_out, d_lse = cotangents
-    if plan.tiles.query is None or plan.tiles.key is None:
-        dq, dk, dv = _backward_by_xla(plan, q, k, v, offset, segments, cotangents)
-    else:
-        dq, dk, dv = backward(plan, plan.tiles.query, plan.tiles.key, q, k, v, offset, segments, out, lse, d_out, d_lse)
+    dq, dk, dv = backward(plan, q, k, v, offset, segments, out, lse, d_out, d_lse)
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (offset, segments))
     return dq, dk, dv, *no_gradient
 
@@ -178,33 +175,8 @@ def _backward(plan: Plan, residuals: tuple, cotangents: tuple[Array, Array]) -> 
 _attend.defvjp(_forward_with_residuals, _backward)
 
 
-def _backward_by_xla(
-    plan: Plan, q: Array, k: Array, v: Array, offset: Array, segments: Any, cotangents: tuple[Array, Array]
-) -> tuple[Array, ...]:
-    """For widths without backward kernels: the forward pass again and its gradient, blockwise, by XLA."""
-    queries, keys = (None, None) if segments is None else segments
-    _, pull = jax.vjp(
-        lambda q, k, v: flash_attention_xla(
-            q,
-            k,
-            v,
-            window=plan.extent.window,
-            query_segments=queries,
-            key_segments=keys,
-            query_offset=offset[0],
-            scale=plan.scale,
-        ),
-        q,
-        k,
-        v,
-    )
-    return pull(cotangents)
-
-
 def backward(
     plan: Plan,
-    by_key_blocks: Pipeline,
-    by_query_blocks: Pipeline,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K Hv"],
@@ -215,7 +187,7 @@ def backward(
     d_out: Float[Array, "B T N Hv"],
     d_lse: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-    """The gradients of q, k and v by the two kernels, given both results of the forward pass and their gradients."""
+    """The gradients of q, k and v by the kernels, given both results of the forward pass and their gradients."""
     from .flash_backward_key import flash_backward_key
     from .flash_backward_query import Operands, flash_backward_query
     from .spans import key_spans, query_spans
@@ -229,14 +201,20 @@ def backward(
     delta = _pad(delta.transpose(0, 2, 1), 2, TILE)
     operands = Operands(q, k, v, d_out, base_2, delta, offset, None)
     settings = {"extent": plan.extent, "scale": plan.scale, "interpret": plan.interpret}
-    by_query = by_key = None
-    if segments is not None:
-        by_query = query_spans(plan.extent, *segments, offset, by_key_blocks.block)
-        by_key = key_spans(plan.extent, *segments, offset, by_query_blocks.block)
-    dq = flash_backward_query(
-        operands._replace(spans=by_query), block=by_key_blocks.block, stages=by_key_blocks.stages, **settings
-    )
-    dk, dv = flash_backward_key(
-        operands._replace(spans=by_key), block=by_query_blocks.block, stages=by_query_blocks.stages, **settings
-    )
+
+    def arranged(spans_of: Any, pipeline: Pipeline) -> dict[str, Any]:
+        spans = None if segments is None else spans_of(plan.extent, *segments, offset, pipeline.block)
+        return {
+            "operands": operands._replace(spans=spans),
+            "block": pipeline.block,
+            "stages": pipeline.stages,
+            **settings,
+        }
+
+    dq = flash_backward_query(**arranged(query_spans, plan.tiles.query))
+    if plan.tiles.value is None:
+        dk, dv = flash_backward_key(**arranged(key_spans, plan.tiles.key))
+    else:
+        (dk,) = flash_backward_key(**arranged(key_spans, plan.tiles.key), sums="keys")
+        (dv,) = flash_backward_key(**arranged(key_spans, plan.tiles.value), sums="values")
     return dq[:, : plan.extent.queries], dk[:, : plan.extent.keys], dv[:, : plan.extent.keys]

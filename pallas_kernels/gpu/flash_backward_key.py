@@ -1,7 +1,8 @@
 """The dK, dV kernel of flash_attention on Hopper: a tile of 128 keys walks over the query blocks that see it.
 
 All query heads of a key head are walked by the same tile, so that their sum stays in float32 registers. Scores are
-computed transposed, [keys, queries]: the weights are then left operands in registers for both gradients.
+computed transposed, [keys, queries]: the weights are then left operands in registers for both gradients. Where the two
+sums do not fit the registers together, one run of the kernel computes dK and another one dV.
 """
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportPrivateImportUsage=false
@@ -9,7 +10,7 @@ computed transposed, [keys, queries]: the weights are then left operands in regi
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .extent import Extent, Steps, query_limits, query_steps
 from .flash_backward_query import Operands
-from .flash_forward import CONSUMER_REGISTERS, LOG2_E, PRODUCER_REGISTERS, mask_scores
+from .flash_forward import LOG2_E, mask_scores
+from .launch import in_roles, launch
 from .spans import read_limits, read_steps
 from .tensor_core import COLUMNS, Accumulator, accumulating, down, row_indices, tile, zeros
 from .tiles import CONSUMERS, ROWS_EACH, TILE
@@ -40,6 +42,9 @@ class Shared(NamedTuple):
     free: Any
 
 
+Sums = Literal["both", "keys", "values"]
+
+
 class Consumer(NamedTuple):
     """What one consumer needs at every step."""
 
@@ -48,21 +53,22 @@ class Consumer(NamedTuple):
     limits: tuple[Array, Array | None]
     n_steps: Array  # steps of all heads together
     scale: float  # of the scores, times log2(e)
+    sums: Sums
     interpreted: bool
 
 
 def flash_backward_key(
-    operands: Operands, *, extent: Extent, scale: float, block: int, stages: int, interpret: Any
-) -> tuple[Array, Array]:
-    """The gradients of keys [B, S, K, H] and values [B, S, K, Hv]."""
+    operands: Operands, *, extent: Extent, scale: float, block: int, stages: int, interpret: Any, sums: Sums = "both"
+) -> tuple[Array, ...]:
+    """The gradients of keys [B, S, K, H] and values [B, S, K, Hv], or the one that `sums` names."""
     (B, S, K, H), dtype = operands.k.shape, operands.k.dtype
     Hv = operands.v.shape[3]
     full = plgpu.Barrier(num_barriers=stages, num_arrivals=2)
     shared = Shared(
-        k=tile((CONSUMERS, ROWS_EACH, H), dtype),
-        v=tile((CONSUMERS, ROWS_EACH, Hv), dtype),
-        q=tile((stages, block, H), dtype),
-        d_out=tile((stages, block, Hv), dtype),
+        k=tile((CONSUMERS, ROWS_EACH, H), dtype, block),
+        v=tile((CONSUMERS, ROWS_EACH, Hv), dtype, block),
+        q=tile((stages, block, H), dtype, block),
+        d_out=tile((stages, block, Hv), dtype, block),
         lse=plgpu.SMEM((stages, block), jnp.float32),
         delta=plgpu.SMEM((stages, block), jnp.float32),
         k_full=plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
@@ -70,51 +76,46 @@ def flash_backward_key(
         d_out_full=full,
         free=plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
     )
-    kernel = plgpu.kernel(
-        functools.partial(_tile, extent=extent, scale=scale, block=block, interpreted=bool(interpret)),
-        out_type=(jax.ShapeDtypeStruct((B, S, K, H), dtype), jax.ShapeDtypeStruct((B, S, K, Hv), dtype)),
-        grid=(K, S // TILE, B),
-        grid_names=("head", "tile", "batch"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        scratch_types=[shared],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        kernel_name="flash_backward_key",
-        **({"interpret": interpret} if interpret else {}),
+    return launch(
+        functools.partial(_tile, extent=extent, scale=scale, block=block, sums=sums, interpreted=bool(interpret)),
+        f"flash_backward_key_{sums}",
+        operands,
+        shared,
+        tuple(jax.ShapeDtypeStruct((B, S, K, width), dtype) for width in _of(sums, H, Hv)),
+        (K, S // TILE, B),
+        interpret,
     )
-    return kernel(operands)
 
 
-def _tile(
-    gmem: Operands, dk: Any, dv: Any, shared: Shared, *, extent: Extent, scale: float, block: int, interpreted: bool
-) -> None:
+def _of(sums: Sums, keys: Any, values: Any) -> tuple[Any, ...]:
+    """Of something for keys and something for values, what `sums` needs."""
+    return {"both": (keys, values), "keys": (keys,), "values": (values,)}[sums]
+
+
+def _tile(gmem: Operands, *refs: Any, extent: Extent, scale: float, block: int, sums: Sums, interpreted: bool) -> None:
+    *gradients, shared = refs
     warpgroup, batch, head = lax.axis_index("warpgroup"), lax.axis_index("batch"), lax.axis_index("head")
     tile_index = lax.axis_index("tile")  # early keys are seen by most queries where there is no window: they go first
     steps, limits_of = _view_of_queries(gmem, extent, batch, tile_index, warpgroup, block)
     group = gmem.q.shape[2] // gmem.k.shape[2]
 
-    @pl.when(warpgroup < CONSUMERS)
     def consume() -> None:
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         rows = pl.ds(tile_index * TILE + warpgroup * ROWS_EACH, ROWS_EACH)
         k_tile, v_tile, arrived = shared.k.at[warpgroup], shared.v.at[warpgroup], shared.k_full.at[warpgroup]
         plgpu.copy_gmem_to_smem(gmem.k.at[batch, rows, head], k_tile, arrived)
         plgpu.copy_gmem_to_smem(gmem.v.at[batch, rows, head], v_tile, arrived)
         plgpu.barrier_wait(arrived)
         count = (steps.stop - steps.start) * group
-        consumer = Consumer(shared, warpgroup, limits_of(rows), count, scale * LOG2_E, interpreted)
-        dk_sum, dv_sum = _walk(consumer, steps, group)
-        k_tile[...] = (dk_sum * scale).astype(k_tile.dtype)
-        v_tile[...] = dv_sum.astype(v_tile.dtype)
+        consumer = Consumer(shared, warpgroup, limits_of(rows), count, scale * LOG2_E, sums, interpreted)
+        totals = _walk(consumer, steps, group)
+        for total, factor, leaving in zip(totals, _of(sums, scale, 1.0), _of(sums, k_tile, v_tile), strict=True):
+            leaving[...] = (total * factor).astype(leaving.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_tile, dk.at[batch, rows, head])
-        plgpu.copy_smem_to_gmem(v_tile, dv.at[batch, rows, head])
+        for gradient, leaving in zip(gradients, _of(sums, k_tile, v_tile), strict=True):
+            plgpu.copy_smem_to_gmem(leaving, gradient.at[batch, rows, head])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == CONSUMERS)
-    def produce() -> None:
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _load_query_blocks(gmem, shared, batch, head * group, group, steps)
+    in_roles(consume, lambda: _load_query_blocks(gmem, shared, batch, head * group, group, steps))
 
 
 def _view_of_queries(
@@ -156,13 +157,13 @@ def _load_query_blocks(gmem: Operands, shared: Shared, batch: Array, head: Array
         plgpu.barrier_wait(shared.free.at[lax.rem(i, jnp.int32(stages))])
 
 
-def _walk(consumer: Consumer, steps: Steps, group: int) -> tuple[Array, Array]:
+def _walk(consumer: Consumer, steps: Steps, group: int) -> tuple[Array, ...]:
     """For each head near edge masked, interior bare, far edge masked: the sums [rows, H] (unscaled) and [rows, Hv]."""
     low, high = consumer.limits
     shared = consumer.shared
     per_head = steps.stop - steps.start
 
-    def one_head(of_group: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def one_head(of_group: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         done = of_group * per_head - steps.start  # block n is step `done + n` of all
 
         def phase(begin: Array, end: Array, limits: tuple[Array | None, Array | None], carry: tuple) -> tuple:
@@ -173,7 +174,8 @@ def _walk(consumer: Consumer, steps: Steps, group: int) -> tuple[Array, Array]:
         return carry if high is None else phase(steps.bare_stop, steps.stop, (None, high), carry)
 
     _wait_for_queries(consumer, jnp.int32(0))
-    start = zeros(ROWS_EACH, shared.k.shape[2]), zeros(ROWS_EACH, shared.v.shape[2])
+    widths = _of(consumer.sums, shared.k.shape[2], shared.v.shape[2])
+    start = tuple(zeros(ROWS_EACH, width) for width in widths)
     return lax.fori_loop(jnp.int32(0), jnp.int32(group), one_head, start)
 
 
@@ -191,33 +193,36 @@ def _step(
     limits: tuple[Array | None, Array | None],
     done: Array,
     n: Array,
-    carry: tuple[Array, Array],
-) -> tuple[Array, Array]:
+    carry: tuple[Array, ...],
+) -> tuple[Array, ...]:
     """Adds what query block n contributes to dk and dv."""
     shared = consumer.shared
     stages, block = shared.q.shape[:2]
     slot = lax.rem(done + n, jnp.int32(stages))
     me = lax.optimization_barrier(consumer.me)  # see the forward kernel
 
-    def weigh(scores: Accumulator, d_weights: Accumulator) -> tuple[Array, Array]:
+    def weigh(scores: Accumulator, *d_weights: Accumulator) -> tuple[Array, ...]:
         scores.add(shared.k.at[me], shared.q.at[slot].T)
         plgpu.barrier_wait(shared.d_out_full.at[slot])
-        d_weights.add(shared.v.at[me], shared.d_out.at[slot].T)
+        for of_weights in d_weights:
+            of_weights.add(shared.v.at[me], shared.d_out.at[slot].T)
         lse = plgpu.load(shared.lse.at[slot], layout=COLUMNS)
-        s = mask_scores(scores.value(in_flight=1), *limits, n * block)
+        s = mask_scores(scores.value(in_flight=len(d_weights)), *limits, n * block)
         weights = jnp.exp2(s * consumer.scale - down(lse, ROWS_EACH))
         _wait_for_queries(consumer, done + n + 1)  # a border before the wait: see the forward kernel
+        if not d_weights:
+            return (weights.astype(shared.q.dtype),)
         delta = plgpu.load(shared.delta.at[slot], layout=COLUMNS)
-        d_scores = weights * (d_weights.value(in_flight=0) - down(delta, ROWS_EACH))
-        return weights.astype(shared.q.dtype), d_scores.astype(shared.q.dtype)
+        d_scores = weights * (d_weights[0].value(in_flight=0) - down(delta, ROWS_EACH))
+        return _of(consumer.sums, d_scores.astype(shared.q.dtype), weights.astype(shared.q.dtype))
 
-    fresh = [(ROWS_EACH, block), (ROWS_EACH, block)]
-    weights, d_scores = accumulating(weigh, fresh=fresh, interpreted=consumer.interpreted)
+    fresh = [(ROWS_EACH, block)] * (1 if consumer.sums == "values" else 2)
+    lefts = accumulating(weigh, fresh=fresh, interpreted=consumer.interpreted)
 
-    def products(dk_sum: Accumulator, dv_sum: Accumulator) -> tuple[Array, Array]:
-        dv_sum.add(weights, shared.d_out.at[slot])
-        dk_sum.add(d_scores, shared.q.at[slot])
-        return dk_sum.value(in_flight=0), dv_sum.value(in_flight=0)
+    def products(*totals: Accumulator) -> tuple[Array, ...]:
+        for total, left, right in zip(totals, lefts, _of(consumer.sums, shared.q, shared.d_out), strict=True):
+            total.add(left, right.at[slot])
+        return tuple(total.value(in_flight=0) for total in totals)
 
     sums = accumulating(products, continued=carry, interpreted=consumer.interpreted)
     plgpu.barrier_arrive(shared.free.at[slot])

@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from .extent import Extent, Steps
-from .flash_forward import CONSUMER_REGISTERS, LOG2_E, PRODUCER_REGISTERS, load_key_blocks, mask_scores, view_of_keys
+from .flash_forward import LOG2_E, mask_scores, view_of_keys
+from .launch import in_roles, key_barriers, launch, load_key_blocks
 from .spans import Spans
 from .tensor_core import ROWS, Accumulator, accumulating, across, tile, zeros
 from .tiles import CONSUMERS, ROWS_EACH, TILE
@@ -76,32 +77,23 @@ def flash_backward_query(
         raise ValueError(f"stages={stages}: the dQ kernel needs at least 3")
     (B, T, N, H), dtype = operands.q.shape, operands.q.dtype
     Hv = operands.v.shape[3]
-    full = plgpu.Barrier(num_barriers=stages)
-    free = plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS)
     shared = Shared(
-        q=tile((CONSUMERS, ROWS_EACH, H), dtype),
-        d_out=tile((CONSUMERS, ROWS_EACH, Hv), dtype),
-        k=tile((stages, block, H), dtype),
-        v=tile((stages, block, Hv), dtype),
+        q=tile((CONSUMERS, ROWS_EACH, H), dtype, block),
+        d_out=tile((CONSUMERS, ROWS_EACH, Hv), dtype, block),
+        k=tile((stages, block, H), dtype, block),
+        v=tile((stages, block, Hv), dtype, block),
         q_full=plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2),
-        k_full=full,
-        v_full=full,
-        k_free=free,
-        v_free=free,
+        **key_barriers(stages),
     )
-    kernel = plgpu.kernel(
+    return launch(
         functools.partial(_tile, extent=extent, scale=scale, block=block, interpreted=bool(interpret)),
-        out_type=jax.ShapeDtypeStruct((B, T, N, H), dtype),
-        grid=(N, T // TILE, B),
-        grid_names=("head", "tile", "batch"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        scratch_types=[shared],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        kernel_name="flash_backward_query",
-        **({"interpret": interpret} if interpret else {}),
+        "flash_backward_query",
+        operands,
+        shared,
+        jax.ShapeDtypeStruct((B, T, N, H), dtype),
+        (N, T // TILE, B),
+        interpret,
     )
-    return kernel(operands)
 
 
 def _tile(
@@ -111,9 +103,7 @@ def _tile(
     tile_index = gmem.q.shape[1] // TILE - 1 - lax.axis_index("tile")  # longest first, as in the forward kernel
     steps, limits_of = view_of_keys(gmem, extent, batch, tile_index, warpgroup, block)
 
-    @pl.when(warpgroup < CONSUMERS)
     def consume() -> None:
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         head = lax.axis_index("head")
         rows = pl.ds(tile_index * TILE + warpgroup * ROWS_EACH, ROWS_EACH)
         arrived = shared.q_full.at[warpgroup]
@@ -129,11 +119,7 @@ def _tile(
         plgpu.copy_smem_to_gmem(shared.q.at[warpgroup], dq.at[batch, rows, head])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == CONSUMERS)
-    def produce() -> None:
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        head = lax.div(lax.axis_index("head"), jnp.int32(gmem.q.shape[2] // gmem.k.shape[2]))
-        load_key_blocks(shared, gmem.k.at[batch, :, head], gmem.v.at[batch, :, head], steps)
+    in_roles(consume, lambda: load_key_blocks(gmem, shared, batch, steps))
 
 
 def _walk(consumer: Consumer) -> Array:

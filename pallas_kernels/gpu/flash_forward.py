@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from .extent import Extent, Steps, key_limits, key_steps
+from .launch import in_roles, key_barriers, launch, load_key_blocks
 from .spans import Spans, read_limits, read_steps
 from .tensor_core import Accumulator, accumulating, across, columns_within, per_row, row_indices, tile, zeros
 from .tiles import CONSUMERS, ROWS_EACH, TILE
@@ -27,8 +28,6 @@ from .tiles import CONSUMERS, ROWS_EACH, TILE
 LOG2_E = math.log2(math.e)
 # Finite, so that differences stay numbers, and below every score that products of 16-bit numbers can reach in practice.
 NOTHING_YET = -1e30
-# Registers per thread, out of 504 for one thread of each warpgroup: loading needs few.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
 class Operands(NamedTuple):
@@ -82,34 +81,25 @@ def flash_forward(
     """Attention and its natural log-sum-exp over padded arrays: T whole tiles of queries, S whole blocks of keys."""
     (B, T, N, H), dtype = operands.q.shape, operands.q.dtype
     Hv = operands.v.shape[3]
-    full = plgpu.Barrier(num_barriers=stages)
-    free = plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS)
     shared = Shared(
         q_or_out=plgpu.RefUnion(tile((CONSUMERS, ROWS_EACH, H), dtype), tile((CONSUMERS, ROWS_EACH, Hv), dtype)),
         k=tile((stages, block, H), dtype),
         v=tile((stages, block, Hv), dtype),
         lse=plgpu.SMEM((CONSUMERS, ROWS_EACH), jnp.float32),
         q_full=plgpu.Barrier(num_barriers=CONSUMERS),
-        k_full=full,
-        v_full=full,
-        k_free=free,
-        v_free=free,
+        **key_barriers(stages),
         turn=plgpu.Barrier(num_barriers=CONSUMERS),
         q_done=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
-    kernel = plgpu.kernel(
+    return launch(
         functools.partial(_tile, extent=extent, scale=scale * LOG2_E, block=block, interpreted=bool(interpret)),
-        out_type=(jax.ShapeDtypeStruct((B, T, N, Hv), dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)),
-        grid=(N, T // TILE, B),
-        grid_names=("head", "tile", "batch"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        scratch_types=[shared],
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        kernel_name="flash_forward",
-        **({"interpret": interpret} if interpret else {}),
+        "flash_forward",
+        operands,
+        shared,
+        (jax.ShapeDtypeStruct((B, T, N, Hv), dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)),
+        (N, T // TILE, B),
+        interpret,
     )
-    return kernel(operands)
 
 
 def _tile(
@@ -120,9 +110,7 @@ def _tile(
     tile_index = gmem.q.shape[1] // TILE - 1 - lax.axis_index("tile")
     steps, limits_of = view_of_keys(gmem, extent, batch, tile_index, warpgroup, block)
 
-    @pl.when(warpgroup < CONSUMERS)
     def consume() -> None:
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
         head = lax.axis_index("head")
         rows = pl.ds(tile_index * TILE + warpgroup * ROWS_EACH, ROWS_EACH)
         plgpu.copy_gmem_to_smem(
@@ -132,11 +120,7 @@ def _tile(
         acc, softmax = _attend(consumer)
         _store(consumer, acc, softmax, out.at[batch, rows, head], lse.at[batch, head, rows])
 
-    @pl.when(warpgroup == CONSUMERS)
-    def produce() -> None:
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        head = lax.div(lax.axis_index("head"), jnp.int32(gmem.q.shape[2] // gmem.k.shape[2]))
-        load_key_blocks(shared, gmem.k.at[batch, :, head], gmem.v.at[batch, :, head], steps)
+    in_roles(consume, lambda: load_key_blocks(gmem, shared, batch, steps))
 
 
 def view_of_keys(gmem: Any, extent: Extent, batch: Array, tile_index: Array, warpgroup: Array, block: int) -> Any:
@@ -151,29 +135,6 @@ def view_of_keys(gmem: Any, extent: Extent, batch: Array, tile_index: Array, war
     bare_start = jnp.clip(own.bare_start, steps.start, bare_stop)
     position = mine + row_indices(ROWS_EACH)
     return Steps(steps.start, steps.stop, bare_start, bare_stop), lambda rows: key_limits(extent, position)
-
-
-def load_key_blocks(shared: Any, keys: Any, values: Any, steps: Steps) -> None:
-    """The producer: key and value blocks of all steps from the newest to the oldest, as slots become free."""
-    stages, block = shared.k.shape[:2]
-    count = steps.stop - steps.start
-
-    @pl.loop(jnp.int32(0), count)
-    def load(i: Array) -> None:
-        slot = lax.rem(i, jnp.int32(stages))
-        rows = pl.ds((steps.stop - 1 - i) * block, block)
-        for source, target, full, free in (
-            (keys, shared.k, shared.k_full, shared.k_free),
-            (values, shared.v, shared.v_full, shared.v_free),
-        ):
-            pl.when(i >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            plgpu.copy_gmem_to_smem(source.at[rows], target.at[slot], full.at[slot])
-
-    @pl.loop(jnp.maximum(count - stages, 0), count)
-    def drain(i: Array) -> None:
-        slot = lax.rem(i, jnp.int32(stages))
-        plgpu.barrier_wait(shared.k_free.at[slot])
-        plgpu.barrier_wait(shared.v_free.at[slot])
 
 
 def mask_scores(scores: Array, low: Array | None, high: Array | None, start: Array) -> Array:

@@ -115,12 +115,13 @@ def down(column_values: jax.Array, rows: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(column_values, (rows, column_values.shape[0]), [1])
 
 
-def tile(shape: tuple[int, ...], dtype: Any) -> Any:
+def tile(shape: tuple[int, ...], dtype: Any, block: int = 64) -> Any:
     """Shared memory for matrix operands [..., rows, width], tiled and swizzled as TMA and wgmma want it.
 
-    The widest swizzle whose tile divides the row is used: 128 bytes for widths that are multiples of 64, else 64 bytes.
+    The widest swizzle is used whose tile divides the row and the `block` of rows that a product may sum over: 128 bytes
+    for multiples of 64, else 64 bytes. All operands of a product need the same.
     """
-    columns = 64 if shape[-1] % 64 == 0 else 32
+    columns = 64 if shape[-1] % 64 == 0 and block % 64 == 0 else 32
     return plgpu.SMEM(
         shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     )

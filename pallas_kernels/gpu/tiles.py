@@ -21,22 +21,23 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """The pipelines of the three kernels; None for both backward kernels where no spill-free choice is known."""
+    """The pipelines of the kernels. Where `value` is None, the kernel of `key` computes both dK and dV."""
 
     forward: Pipeline  # blocks of keys
-    query: Pipeline | None = None  # dQ: blocks of keys
-    key: Pipeline | None = None  # dK, dV: blocks of queries
+    query: Pipeline  # dQ: blocks of keys
+    key: Pipeline  # dK: blocks of queries
+    value: Pipeline | None = None  # dV: blocks of queries
 
     def bytes_needed(self, width: int, value_width: int) -> dict[str, int]:
         """Shared memory of each kernel."""
         both = width + value_width
-        # The outputs lie over the queries; the log-sum-exp of a tile takes one line.
-        needed = {"forward": _bytes(TILE * max(width, value_width), self.forward, both, 1)}
-        if self.query is not None:
-            needed["dq"] = _bytes(TILE * both, self.query, both, 0)
-        if self.key is not None:
-            needed["dk, dv"] = _bytes(TILE * both, self.key, both, 2 * self.key.stages)
-        return needed
+        by_queries = {"dk, dv": self.key} if self.value is None else {"dk": self.key, "dv": self.value}
+        return {
+            # The outputs lie over the queries; the log-sum-exp of a tile takes one line.
+            "forward": _bytes(TILE * max(width, value_width), self.forward, both, 1),
+            "dq": _bytes(TILE * both, self.query, both, 0),
+            **{name: _bytes(TILE * both, pipeline, both, 2 * pipeline.stages) for name, pipeline in by_queries.items()},
+        }
 
 
 def _bytes(resident: int, pipeline: Pipeline, width: int, row_buffers: int) -> int:
@@ -46,12 +47,13 @@ def _bytes(resident: int, pipeline: Pipeline, width: int, row_buffers: int) -> i
 
 # By (head width, value width), narrowest first. Chosen by compiling for the H200: the largest blocks without spilled
 # registers, then stages while they fit. Which of several spill-free choices is fastest was never measured on a device.
-# At width 128 two float32 gradients of 64 rows and both score blocks fill the registers: no backward kernel beyond it.
+# At width 128 two float32 gradients of 64 rows and both score blocks fill the registers: beyond it dK and dV are two
+# runs. Blocks of 32 rows are for shared memory's sake.
 TILES: dict[tuple[int, int], Tiles] = {
     (64, 64): Tiles(Pipeline(128, 3), Pipeline(64, 3), Pipeline(64, 3)),
     (96, 96): Tiles(Pipeline(128, 3), Pipeline(64, 3), Pipeline(64, 3)),
     (128, 128): Tiles(Pipeline(128, 2), Pipeline(64, 3), Pipeline(64, 2)),
-    (192, 128): Tiles(Pipeline(128, 2)),
-    (192, 192): Tiles(Pipeline(64, 3)),
-    (256, 256): Tiles(Pipeline(64, 2)),
+    (192, 128): Tiles(Pipeline(128, 2), Pipeline(64, 3), Pipeline(64, 2), Pipeline(64, 2)),
+    (192, 192): Tiles(Pipeline(64, 3), Pipeline(32, 4), Pipeline(64, 2), Pipeline(64, 2)),
+    (256, 256): Tiles(Pipeline(64, 2), Pipeline(32, 3), Pipeline(32, 2), Pipeline(32, 2)),
 }

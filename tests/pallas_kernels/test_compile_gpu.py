@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -52,6 +53,7 @@ class Shape:
 
 
 T, N, K = 8192, 32, 8
+BEYOND_128 = ((192, 128), (192, 192), (256, 256))
 
 
 def kernel_call(kernel: str, shape: Shape) -> tuple[Callable[..., Any], Any]:
@@ -72,6 +74,8 @@ def kernel_call(kernel: str, shape: Shape) -> tuple[Callable[..., Any], Any]:
         "forward": (flash_forward.flash_forward, flash_forward.Operands(q, k, v, offset, spans), tiles.forward),
         "dq": (flash_backward_query.flash_backward_query, backward, tiles.query),
         "dk, dv": (flash_backward_key.flash_backward_key, backward, tiles.key),
+        "dk": (functools.partial(flash_backward_key.flash_backward_key, sums="keys"), backward, tiles.key),
+        "dv": (functools.partial(flash_backward_key.flash_backward_key, sums="values"), backward, tiles.value),
     }[kernel]
     assert pipeline is not None, f"there is no {kernel} kernel of these widths"
     return lambda operands: function(operands, block=pipeline.block, stages=pipeline.stages, **settings), operands
@@ -92,7 +96,7 @@ def reports(call: Callable[..., Any], operands: Any, monkeypatch: pytest.MonkeyP
     return capfd.readouterr().out
 
 
-def check(report: str) -> None:
+def check(report: str, overlapped: bool = True) -> None:
     """No spilled byte, warpgroup products and no others, all of them asynchronous, with exponentials under them."""
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report) == [
         ("0", "0", "0")
@@ -102,8 +106,8 @@ def check(report: str) -> None:
     assert not re.search(r"\b(LDL|STL)\b", report)
     assert "wgmma.mma_async instructions are serialized" not in report
     under, total = exponentials(report)
-    assert total >= 32
-    assert under >= total / 2, f"{under} of {total} exponentials run while a product does"
+    assert total >= 16
+    assert not overlapped or under >= total / 2, f"{under} of {total} exponentials run while a product does"
 
 
 def exponentials(report: str) -> tuple[int, int]:
@@ -134,7 +138,8 @@ def test_the_kernels_of_width_128_compile_without_spills(
     ("shape", "kernel"),
     [
         *((Shape(width, width), kernel) for width in (64, 96) for kernel in ("forward", "dq", "dk, dv")),
-        *((Shape(width, value_width), "forward") for width, value_width in ((192, 128), (192, 192), (256, 256))),
+        *((Shape(*widths), kernel) for widths in BEYOND_128 for kernel in ("forward", "dq", "dk", "dv")),
+        *((Shape(*widths, packed=True), kernel) for widths in BEYOND_128[:1] for kernel in ("dq", "dk", "dv")),
         *((Shape(dtype=jnp.float16), kernel) for kernel in ("forward", "dq", "dk, dv")),
     ],
     ids=str,
@@ -142,7 +147,8 @@ def test_the_kernels_of_width_128_compile_without_spills(
 def test_every_width_compiles_without_spills(
     shape: Shape, kernel: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    check(reports(*kernel_call(kernel, shape), monkeypatch, capfd))
+    # The kernel of dV alone has one product before its exponentials and one after: nothing to run under.
+    check(reports(*kernel_call(kernel, shape), monkeypatch, capfd), overlapped=kernel != "dv")
 
 
 def test_the_budgets_hold_what_a_block_of_threads_may_use() -> None:
