@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ministral_jax import calibration
 from ministral_jax.calibration import input_maxima
 from ministral_jax.checkpoints.convert import convert
 from ministral_jax.checkpoints.load import load_model
@@ -112,6 +113,14 @@ def test_largest_inputs_are_those_of_the_tokens_given(tmp_path):
         input_maxima(model, [[128]])
     with pytest.raises(RequestError, match="no tokens"):
         input_maxima(model, [])
+
+
+def test_padding_does_not_count_as_input(tmp_path, monkeypatch):
+    write_tiny_checkpoint(tmp_path, tiny_config(n_layers=2))
+    model = load_model(tmp_path)
+    padded = input_maxima(model, [[3, 4, 5, 6]])
+    monkeypatch.setattr(calibration, "SHORTEST", 4)
+    assert input_maxima(model, [[3, 4, 5, 6]]) == pytest.approx(padded, rel=1e-5)
 
 
 def test_activations_within_their_static_scale_change_little(tmp_path):

@@ -133,11 +133,11 @@ def test_four_bit_rounding_goes_to_the_nearest_and_ties_to_even():
     np.testing.assert_array_equal(to_e2m1(jnp.asarray(x)), e2m1_values(jnp.asarray(codes)))
 
 
-def test_a_group_too_small_for_its_scale_gets_the_smallest_one():
-    x = jnp.full((1, 32), 1e-8).at[0, 16:].set(1.0)
+def test_groups_whose_scale_rounds_to_zero_are_zero():
+    x = jnp.zeros((1, 48)).at[0, 16:32].set(1e-8).at[0, 32:].set(1.0)
     rounded = np.asarray(nvfp4_rounded(x, jnp.float32(400.0)))
-    assert not rounded[0, :16].any()
-    np.testing.assert_allclose(rounded[0, 16:] / 400, 1.0, rtol=0.05)
+    assert not rounded[0, :32].any()
+    np.testing.assert_allclose(rounded[0, 32:] / 400, 1.0, rtol=0.05)
 
 
 def test_division_by_a_constant_is_rounded_correctly():
