@@ -95,6 +95,9 @@ _FUSED = re.compile(r"(layers\.[0-9]+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 # At most as many digits as a layer or an expert can have; a number with a leading zero is another name.
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.|$)")
 
+# No name of any layout is half as long; a hostile one of megabytes would be searched over and over.
+MAX_NAME_CHARACTERS = 256
+
 _DROPPED = {
     "rotary buffer": re.compile(r".*\.rotary_emb\.inv_freq"),
     "fake quantizer": re.compile(r".*fake_quantizer.*"),
@@ -120,6 +123,8 @@ class Name:
 
 def dropped_kind(name: str) -> str | None:
     """What kind of tensor `name` is, if it is one that no conversion carries: computed buffers, cache quantizers."""
+    if len(name) > MAX_NAME_CHARACTERS:
+        return None
     return next((kind for kind, pattern in _DROPPED.items() if pattern.fullmatch(name)), None)
 
 
@@ -146,7 +151,7 @@ def parse_hf(name: str) -> Name | None:
 def parse_fused(name: str) -> tuple[str, tuple[str, ...]] | None:
     """The layer and the parts that a fused tensor of all experts holds, in their order; None for other names."""
     prefix = _TEXT_PREFIX.match(name)
-    found = prefix and _FUSED.fullmatch(name[prefix.end() :])
+    found = prefix and len(name) <= MAX_NAME_CHARACTERS and _FUSED.fullmatch(name[prefix.end() :])
     if not found:
         return None
     return found[1], ("w1", "w3") if found[2] == "gate_up_proj" else ("w2",)
@@ -178,7 +183,7 @@ def layer_of(module: str) -> int | None:
 
 def _split(name: str, table: dict[str, str], *, same: bool = False) -> Name | None:
     """`name` as a module of `table` and a leaf; the module in the table's words, or its own if they are the `same`."""
-    if "#" in name:  # stands for numbers in the tables
+    if "#" in name or len(name) > MAX_NAME_CHARACTERS:  # the first stands for numbers in the tables
         return None
     at = len(name)
     while (at := name.rfind(".", 0, at)) > 0:

@@ -91,6 +91,19 @@ def test_a_tensor_of_another_name_is_refused(folder, name, to):
     assert FILE in refusal(folder, name, to)
 
 
+@pytest.mark.parametrize("name", ["layers." + "0." * 2_000_000, "a." * 2_000_000 + "weight", "layers." * 600_000])
+@pytest.mark.parametrize("layout", ["mistral", "hf"])
+def test_a_name_of_megabytes_takes_no_time(tmp_path, name, layout):
+    write_tiny_checkpoint(tmp_path / "a", CONFIG, layout)
+    file = {"mistral": FILE, "hf": "model.safetensors"}[layout]
+    header, data = split((tmp_path / "a" / file).read_bytes())
+    header[name] = {"dtype": "F32", "shape": [4], "data_offsets": [len(data), len(data) + 16]}
+    (tmp_path / "a" / file).write_bytes(joined(header, data + bytes(16)))
+    began = time.monotonic()
+    assert file in refusal(tmp_path / "a")
+    assert time.monotonic() - began < 5
+
+
 def test_one_tensor_under_two_prefixes_is_refused(tmp_path):
     tensors = write_example(tmp_path / "a", EXAMPLES["mistral"](), "hf")
     twice = {"model.language_model.norm.weight": tensors["model.norm.weight"]}
