@@ -123,7 +123,8 @@ class Lanes(NamedTuple):
 
         def scores_of(g: int, start: int) -> Float[Array, "block lanes"]:
             product = dot(keys, self.q[u * call.groups + g, start : start + call.lanes, :], (1, 1)) * factor
-            return product if masks[start] is None else jnp.where(masks[start], product, -jnp.inf)
+            mask = masks[start]
+            return product if mask is None else jnp.where(mask, product, -jnp.inf)
 
         units = [(g, start) for g in range(call.groups) for start in starts]
         ready = [scores_of(*unit) for unit in units[:UNITS_AHEAD]]
