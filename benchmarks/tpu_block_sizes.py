@@ -77,13 +77,8 @@ def read_utilization(path: Path) -> dict[str, float]:
     rows = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
     used = [sum(column) for column in zip(*rows, strict=True)]
     share = {n: u / (c * len(rows)) for n, u, c in zip(names, used, capacity, strict=True)}
-    return {
-        "bundles": len(rows),
-        "mxu": share["MXU"],
-        "valu": share["VALU"],
-        "spill_stores": share["VSTORE:SPILL"],
-        "spill_loads": share["VLOAD:FILL"],
-    }
+    units = {"mxu": "MXU", "valu": "VALU", "spill_stores": "VSTORE:SPILL", "spill_loads": "VLOAD:FILL"}
+    return {"bundles": len(rows), **{name: round(share[unit], 4) for name, unit in units.items()}}
 
 
 def computed_per_visible(query_block: int, key_tile: int, window: int | None) -> float:
@@ -175,7 +170,8 @@ def write(result: dict[str, Any]) -> None:
     merged = {**{key(x): x for x in kept}, key(result): result}
     RESULTS.parent.mkdir(exist_ok=True)
     partial = RESULTS.with_suffix(".partial")
-    partial.write_text(json.dumps([merged[k] for k in sorted(merged)], indent=1) + "\n")
+    rows = ",\n".join(json.dumps(merged[k]) for k in sorted(merged))
+    partial.write_text(f"[\n{rows}\n]\n")
     os.replace(partial, RESULTS)
 
 
