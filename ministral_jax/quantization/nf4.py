@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
 from .rounding import even_and_odd, unpacked
-from .weight import contract, is_one_token, vector_product
+from .weight import contract, is_one_token, spread, vector_product
 
 BLOCK = 64
 NF4_VALUES = (
@@ -72,8 +72,8 @@ class Nf4Weight:
             if is_one_token(x):
                 sums += vector_product(columns.reshape(-1), values, constants, BLOCK // 2).reshape(sums.shape)
             else:
-                spread = jnp.repeat(constants, BLOCK // 2, axis=1)[:, :half]
-                sums += contract(columns, (values * spread).astype(x.dtype))
+                factors = spread(constants, BLOCK // 2, half)
+                sums += contract(columns, (values * factors).astype(x.dtype))
         return sums.astype(x.dtype)
 
 
