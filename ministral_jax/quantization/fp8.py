@@ -124,7 +124,8 @@ class Fp8BlockWeight:
 
         def alone() -> Array:
             scale = row_scale if x_scale is None else row_scale * x_scale[:, 0, 0]
-            return vector_product(columns.reshape(-1), weights.reshape(len(weights), -1), scale, BLOCK)[None]
+            spread = jnp.repeat(scale, BLOCK, axis=1)  # [O, I]
+            return vector_product(columns.reshape(-1), weights.reshape(len(weights), -1), spread)[None]
 
         def among_zeros() -> Array:
             others = ((0, 0), (0, TPU_TOKENS - 1), (0, 0))

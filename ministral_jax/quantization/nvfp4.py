@@ -56,15 +56,14 @@ class Nvfp4Weight:
 
     def _local_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`x @ W.T` for the matrix before its divisor, in float32."""
-        scale = self.scale.astype(jnp.float32)  # [O, G]
+        scale = jnp.repeat(self.scale.astype(jnp.float32), GROUP // 2, axis=1)  # [O, I/2]
         sums: Array = jnp.zeros((*x.shape[:-1], len(scale)), jnp.float32)
         for columns, nibbles in even_and_odd(x, self.payload):
             values = e2m1_values(nibbles)  # [O, I/2]
             if is_one_token(x):
-                sums += vector_product(columns.reshape(-1), values, scale, GROUP // 2).reshape(sums.shape)
+                sums += vector_product(columns.reshape(-1), values, scale).reshape(sums.shape)
             else:
-                half = values * jnp.repeat(scale, GROUP // 2, axis=1)  # exact in 16 bits
-                sums += contract(columns, half.astype(x.dtype))
+                sums += contract(columns, (values * scale).astype(x.dtype))  # exact in 16 bits
         return sums
 
 

@@ -10,8 +10,6 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-STEP = 8  # of repetition, which XLA fuses on a TPU; 32 at once it does not
-
 
 @runtime_checkable
 class QuantizedWeight(Protocol):
@@ -45,23 +43,10 @@ def is_one_token(x: Float[Array, "*T I"]) -> bool:
     return math.prod(x.shape[:-1]) == 1
 
 
-def vector_product(
-    x: Float[Array, "I"], values: Float[Array, "O I"], scale: Float[Array, "O groups"], size: int
-) -> Float[Array, "O"]:
-    """`sum over i of values[o, i] * scale[o, i // size] * x[i]` in float32, values being computed from fewer bits.
+def vector_product(x: Float[Array, "I"], values: Float[Array, "O I"], scale: Float[Array, "O I"]) -> Float[Array, "O"]:
+    """`sum over i of values[o, i] * scale[o, i] * x[i]` in float32, of values that are computed from fewer bits.
 
     A sum of products, not a dot: compilers fuse into it whatever gives the values, and write no matrix of them to
     memory, which is what decoding one sequence costs.
     """
-    factors = spread(scale, size, values.shape[1])  # [O, I]
-    return jnp.sum(values.astype(jnp.float32) * factors * x.astype(jnp.float32), axis=1)
-
-
-def spread(scale: Float[Array, "O groups"], size: int, n_columns: int) -> Float[Array, "O I"]:
-    """The scale of each of `n_columns` columns, `size` of which share one.
-
-    In two steps, of which XLA fuses the last into what follows; on a TPU it writes what a single longer one gives.
-    """
-    if size % STEP == 0:
-        scale, size = jnp.repeat(scale, size // STEP, axis=1), STEP
-    return jnp.repeat(scale, size, axis=1)[:, :n_columns]
+    return jnp.sum(values.astype(jnp.float32) * scale * x.astype(jnp.float32), axis=1)
