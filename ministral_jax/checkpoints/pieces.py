@@ -16,7 +16,8 @@ from ..row_order import half_split_rows, interleaved_rows
 from .canonical import LORA_LEAVES, Tensor
 from .opening import Checkpoint
 
-CHUNK_BYTES = 16 * 2**20
+# Small enough for a piece to stay in the processor's cache while it is read, summed and written.
+CHUNK_BYTES = 2 * 2**20
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: Mapping[str, np.dtype] = {
