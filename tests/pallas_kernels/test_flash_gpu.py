@@ -21,6 +21,9 @@ pytestmark = [
 ]
 
 
+MOST = 0.01  # of the largest value: where a careless program is worse than that, twice its error says little
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One call: lengths, heads, widths, window, position of the first query, lengths of packed segments."""
@@ -118,7 +121,7 @@ def check(case: Case, detectors: Detectors) -> None:
     for name in ("out", "dq", "dk", "dv"):
         assert got[name].dtype == case.dtype
         rounding = relative_error(exact[name].astype(case.dtype), exact[name])
-        allowed = 2 * relative_error(rough[name], exact[name]) + rounding
+        allowed = min(2 * relative_error(rough[name], exact[name]) + rounding, MOST)
         assert relative_error(got[name], exact[name]) <= allowed, name
 
 
