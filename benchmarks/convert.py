@@ -34,7 +34,7 @@ ALLOWANCE = 500 * 10**6
 
 def write_source(folder: Path, gigabytes: float) -> int:
     """A dense checkpoint of about that size in bfloat16; returns the bytes of its largest tensor."""
-    from ministral_jax.checkpoints.expected import modules
+    from ministral_jax.checkpoints.conversion.expected import modules
     from ministral_jax.checkpoints.safetensors_writer import TensorSpec, write_safetensors
     from ministral_jax.config import ModelConfig, RopeConfig
     from ministral_jax.config_files import write_params_json
@@ -110,7 +110,7 @@ def run_side(side: str, source: Path, target: Path) -> None:
     if side == "copy":
         print(json.dumps(measured(lambda: copy(source, target))))
         return
-    from ministral_jax.checkpoints.convert import convert
+    from ministral_jax.checkpoints.conversion.convert import convert
 
     print(json.dumps(measured(lambda: convert(source, target, to="hf", max_shard_bytes=2**60))))
 

@@ -10,7 +10,7 @@ from .arguments import Commands, new_command
 from .output import note, note_to_people, progress_bar, write, write_json
 
 if TYPE_CHECKING:
-    from ..checkpoints.convert import Report
+    from ..checkpoints.conversion.convert import Report
 
 _DESCRIPTION = """\
 Writes the model or adapter SRC, a folder or a Hugging Face id, in another layout into the
@@ -53,7 +53,7 @@ def add_command(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..checkpoints.convert import convert
+    from ..checkpoints.conversion.convert import convert
 
     with progress_bar("converting") as progress:
         report = convert(

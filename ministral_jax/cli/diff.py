@@ -10,7 +10,7 @@ from .arguments import Commands, new_command
 from .output import progress_bar, write, write_json
 
 if TYPE_CHECKING:
-    from ..checkpoints.compare import Comparison, TensorDifference
+    from ..checkpoints.conversion.compare import Comparison, TensorDifference
 
 _DESCRIPTION = """\
 Compares the tensors of two folders, models or adapters, in any layouts: which are missing,
@@ -36,9 +36,9 @@ def add_command(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..checkpoints.compare import compare
+    from ..checkpoints.conversion.compare import compare
+    from ..checkpoints.conversion.opening import open_checkpoint
     from ..checkpoints.hub import resolve
-    from ..checkpoints.opening import open_checkpoint
 
     with (
         open_checkpoint(resolve(arguments.a), base=arguments.base) as a,

@@ -18,7 +18,7 @@ from .texts import read_text
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..checkpoints.quantize import QuantizationReport
+    from ..checkpoints.conversion.quantize import QuantizationReport
     from ..config_files import Layout
     from ..quantization import LinearFormat
     from ..tokenizer import Tokenizer
@@ -69,9 +69,9 @@ def add_command(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantises and prints the errors of layers, and perplexities where there is data; returns the exit code."""
+    from ..checkpoints.conversion.quantize import quantize
+    from ..checkpoints.conversion.staging import require_free
     from ..checkpoints.hub import resolve
-    from ..checkpoints.quantize import quantize
-    from ..checkpoints.staging import require_free
     from ..compilation import keep_compiled_programs
 
     if arguments.double_quantization and arguments.format != "nf4":

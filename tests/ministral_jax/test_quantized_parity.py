@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from ministral_jax.calibration import input_maxima
+from ministral_jax.checkpoints.conversion.quantize import _block, quantize
 from ministral_jax.checkpoints.layouts import hf_name
 from ministral_jax.checkpoints.load import load_model
-from ministral_jax.checkpoints.quantize import _block, quantize
 from ministral_jax.linear import Linear, projections
 from ministral_jax.quantization import LinearFormat
 from tests.checkpoint_files import tiny_config, write_tiny_checkpoint

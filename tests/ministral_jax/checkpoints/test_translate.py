@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ministral_jax.checkpoints.expected import module_shape, modules
-from ministral_jax.checkpoints.translate import Name, fused_hf_name, hf_name, parse_fused, parse_hf, parse_mistral
+from ministral_jax.checkpoints.conversion.expected import module_shape, modules
+from ministral_jax.checkpoints.translate import (
+    Name,
+    fused_hf_name,
+    hf_name,
+    parse_fused,
+    parse_hf,
+    parse_mistral,
+)
 from ministral_jax.config_files import config_from_hf, config_from_params
 from tests.published_configs import CONFIGS, PARAMS
 

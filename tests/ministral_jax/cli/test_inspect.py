@@ -49,6 +49,14 @@ def test_the_cache_is_planned_as_generation_allocates_it(checkpoint, capsys):
     assert [group["layers"] for group in document["memory"]["groups"]] == [[0], [1, 2, 3]]
 
 
+def test_a_float8_cache_is_half_of_a_bfloat16_one(capsys):
+    wide, narrow = (
+        inspect(capsys, "ministral-8b-instruct-2410", "--cache-dtype", dtype)["memory"]["cache_bytes"]
+        for dtype in ("bfloat16", "float8_e4m3fn")
+    )
+    assert wide == 2 * narrow
+
+
 def test_a_published_name_needs_no_files(capsys):
     document = inspect(capsys, "ministral-8b-instruct-2410", "--context", "131072")
     memory = document["memory"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ministral_jax.checkpoints.compare import compare
-from ministral_jax.checkpoints.convert import convert
-from ministral_jax.checkpoints.opening import open_checkpoint
+from ministral_jax.checkpoints.conversion.compare import compare
+from ministral_jax.checkpoints.conversion.convert import convert
+from ministral_jax.checkpoints.conversion.opening import open_checkpoint
 from ministral_jax.errors import CheckpointError
 from tests.architecture_files import (
     EXAMPLES,
@@ -276,7 +276,7 @@ class TestOrbax:
 
 
 def test_verification_finds_a_flipped_bit(tmp_path, monkeypatch):
-    from ministral_jax.checkpoints import convert as module
+    from ministral_jax.checkpoints.conversion import convert as module
 
     write_example(tmp_path / "a", EXAMPLES["mistral"](), "mistral")
     real = module._target_pieces

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError
-from .json_pieces import shown
-from .safetensors_writer import TensorSpec
+from ...errors import CheckpointError
+from ..json_pieces import shown
+from ..safetensors_writer import TensorSpec
 
 FOLDER = "orbax"
 # Tensors are committed to disk together up to this size: a small one takes 40 ms alone.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config_files.json_file import read_json_object, write_json
-from ..errors import ConfigError
+from ...config_files.json_file import read_json_object, write_json
+from ...errors import ConfigError
 
 MANIFEST = "conversion.json"
 _FORMAT = "ministral-jax conversion 1"

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from ministral_jax.checkpoints import convert as module
-from ministral_jax.checkpoints import safetensors_writer, staging
-from ministral_jax.checkpoints.convert import convert
-from ministral_jax.checkpoints.staging import Staging
+from ministral_jax.checkpoints import safetensors_writer
+from ministral_jax.checkpoints.conversion import convert as module
+from ministral_jax.checkpoints.conversion import staging
+from ministral_jax.checkpoints.conversion.convert import convert
+from ministral_jax.checkpoints.conversion.staging import Staging
 from ministral_jax.errors import CheckpointError, MinistralError
 from tests.architecture_files import EXAMPLES, hf_tensors, write_example
-from tests.ministral_jax.checkpoints.test_convert import WEIGHTS, assert_same_tensors, tensors_of
+from tests.ministral_jax.checkpoints.conversion.test_convert import WEIGHTS, assert_same_tensors, tensors_of
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..config import ModelConfig, VisionConfig
+from ...config import ModelConfig, VisionConfig
 
 Module = tuple[str, tuple[int, ...]]
 HEAD = "output"

@@ -11,8 +11,8 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError
-from ..row_order import half_split_rows, interleaved_rows
+from ...errors import CheckpointError
+from ...row_order import half_split_rows, interleaved_rows
 from .canonical import LORA_LEAVES, Tensor
 from .opening import Checkpoint
 

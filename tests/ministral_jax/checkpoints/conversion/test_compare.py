@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ministral_jax.checkpoints.compare import Comparison, compare
-from ministral_jax.checkpoints.opening import open_checkpoint
-from ministral_jax.checkpoints.pieces import CHUNK_BYTES
+from ministral_jax.checkpoints.conversion.compare import Comparison, compare
+from ministral_jax.checkpoints.conversion.opening import open_checkpoint
+from ministral_jax.checkpoints.conversion.pieces import CHUNK_BYTES
 from tests.architecture_files import EXAMPLES, Tensors, write_example
 from tests.checkpoint_files import tiny_config, write_tiny_checkpoint
 

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig
-from ..config_files import CONFIG_FILE_NAMES, Layout, hf_from_config, params_from_config
-from ..errors import CheckpointError, ConfigError
+from ...config import ModelConfig
+from ...config_files import CONFIG_FILE_NAMES, Layout, hf_from_config, params_from_config
+from ...errors import CheckpointError, ConfigError
+from ..hub import SIDE_FILES
+from ..safetensors_writer import TensorSpec, file_bytes, index_document, shard_file_names, shard_names
+from ..translate import Name, fused_hf_name, hf_name
+from ..weight_files import STEMS
 from .adapters import MISTRAL_FILE, PEFT_CONFIG, PEFT_FILE, mistral_document, peft_document
 from .canonical import PEFT_PREFIX, Kind, Tensor
-from .hub import SIDE_FILES
 from .opening import Checkpoint
 from .pieces import DTYPES, Dtype, dtype_after
-from .safetensors_writer import TensorSpec, file_bytes, index_document, shard_file_names, shard_names
-from .translate import Name, fused_hf_name, hf_name
-from .weight_files import STEMS
 
 # As published: the HF layout in files of this size, the mistral layout in one, which mistral-inference asks for.
 HF_SHARD_BYTES = 5 * 10**9

@@ -1,6 +1,6 @@
 """From a dense checkpoint to a quantised one, one matrix at a time, in either layout. Runs no model.
 
-    from ministral_jax.checkpoints.quantize import quantize
+    from ministral_jax.checkpoints.conversion.quantize import quantize
     quantize("Ministral-8B", "Ministral-8B-int8", to="hf", stored=LinearFormat("int8_channel", "dynamic"))
 
 What is written is a compressed-tensors checkpoint, which vLLM and transformers load; FP8 in the mistral layout is
@@ -19,23 +19,23 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import ModelConfig, QuantizationConfig
-from ..config_files import CONFIG_FILE_NAMES, Layout, hf_from_config, params_from_config
-from ..config_files.json_file import write_json
-from ..config_files.quantization_block import NF4_METHOD
-from ..errors import CheckpointError, NotYetError
-from ..quantization import LinearFormat
-from ..quantization.encoding import Parts, encode, relative_error
-from ..quantization.formats import COLUMNS
+from ...config import ModelConfig, QuantizationConfig
+from ...config_files import CONFIG_FILE_NAMES, Layout, hf_from_config, params_from_config
+from ...config_files.json_file import write_json
+from ...config_files.quantization_block import NF4_METHOD
+from ...errors import CheckpointError, NotYetError
+from ...quantization import LinearFormat
+from ...quantization.encoding import Parts, encode, relative_error
+from ...quantization.formats import COLUMNS
+from ..hub import resolve
+from ..safetensors_writer import TensorSpec, index_document, shard_file_names, shard_names, write_streamed
+from ..translate import Name, hf_name
+from ..weight_files import STEMS
 from .canonical import Tensor
-from .hub import resolve
 from .opening import Checkpoint, open_checkpoint
 from .pieces import DTYPES, Pieces
 from .plan import HF_SHARD_BYTES, carried_files
-from .safetensors_writer import TensorSpec, index_document, shard_file_names, shard_names, write_streamed
 from .staging import Staging, file_identities, require_free
-from .translate import Name, hf_name
-from .weight_files import STEMS
 
 Progress = Callable[[int, int], object]
 

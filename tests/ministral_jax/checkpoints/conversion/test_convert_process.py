@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -14,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from ministral_jax.checkpoints.expected import modules
+from ministral_jax.checkpoints.conversion.expected import modules
 from ministral_jax.config_files import write_params_json
 from tests.architecture_files import make, write_example
 from tests.checkpoint_files import tiny_config
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SHARD = 3_000_000
 SEED = random.SystemRandom().randrange(2**32)
 
@@ -29,10 +28,18 @@ def command(source: Path, target: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "ministral_jax.cli", *arguments]
 
 
-def run(source: Path, target: Path, *options: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        command(source, target, *options), cwd=ROOT, capture_output=True, text=True, timeout=120, **settings
-    )
+# A file may grow to the first argument; the others are the command. Set there, since forking this process is not safe.
+LIMITED = """
+import os, resource, sys
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def run(source: Path, target: Path, *options: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    full = [*prefix, *command(source, target, *options)]
+    return subprocess.run(full, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +109,7 @@ def test_twenty_runs_that_were_killed_are_finished_by_the_next_to_the_same_bytes
 
 
 def test_a_file_that_the_system_refuses_to_grow_is_one_line_and_gets_no_name(source, tmp_path):
-    limit = SHARD // 2
-    ran = run(source, tmp_path / "b", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    ran = run(source, tmp_path / "b", prefix=(sys.executable, "-c", LIMITED, str(SHARD // 2)))
     assert ran.returncode == 1
     assert ran.stderr.startswith(f"ministral: {tmp_path / 'b.partial'}")
     assert "cannot be written (File too large)" in ran.stderr
@@ -136,7 +142,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     write_sparse(tmp_path / "a", 600 * 10**6)
     program = (
         "import json, sys; from benchmarks.convert import measured;"
-        "from ministral_jax.checkpoints.convert import convert;"
+        "from ministral_jax.checkpoints.conversion.convert import convert;"
         "print(json.dumps(measured(lambda: convert(sys.argv[1], sys.argv[2], to='hf', dtype='bfloat16'))))"
     )
     ran = subprocess.run(

@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import catalog
-from ..config import ModelConfig
-from ..config_files import CONFIG_FILE_NAMES, config_from_hf, config_from_params, detect_layout, read_config
-from ..config_files.json_file import read_json_object
-from ..errors import CheckpointError, ConfigError
+from ... import catalog
+from ...config import ModelConfig
+from ...config_files import CONFIG_FILE_NAMES, config_from_hf, config_from_params, detect_layout, read_config
+from ...config_files.json_file import read_json_object
+from ...errors import CheckpointError, ConfigError
+from ..safetensors import SafetensorsFile
+from ..safetensors_header import TensorInfo
+from ..weight_files import WeightFiles
 from .adapters import (
     MISTRAL_FILE,
     PEFT_CONFIG,
@@ -33,9 +36,6 @@ from .adapters import (
 from .canonical import Kind, Reader, Tensor, canonical_tensors
 from .manifest import MANIFEST, kept_documents
 from .orbax_folder import OrbaxReader, is_orbax
-from .safetensors import SafetensorsFile
-from .safetensors_header import TensorInfo
-from .weight_files import WeightFiles
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ministral_jax.checkpoints.compare import compare
-from ministral_jax.checkpoints.convert import convert
-from ministral_jax.checkpoints.opening import open_checkpoint
+from ministral_jax.checkpoints.conversion.compare import compare
+from ministral_jax.checkpoints.conversion.convert import convert
+from ministral_jax.checkpoints.conversion.opening import open_checkpoint
 from ministral_jax.config import ModelConfig
 from ministral_jax.config_files import params_from_config, write_params_json
 from ministral_jax.errors import MinistralError

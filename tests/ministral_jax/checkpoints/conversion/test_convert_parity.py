@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import ministral_jax
-from ministral_jax.checkpoints.convert import convert
+from ministral_jax.checkpoints.conversion.convert import convert
 from tests.architecture_files import EXAMPLES, VISION, write_example
 
 pytestmark = [

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ministral_jax.checkpoints.convert import convert
+from ministral_jax.checkpoints.conversion.convert import convert
 from ministral_jax.checkpoints.save import save_hf
 from ministral_jax.errors import CheckpointError, MinistralError
 from tests.architecture_files import EXAMPLES, write_example
@@ -226,7 +226,7 @@ def test_a_kept_config_that_was_damaged_is_refused_or_not_used(folder, tmp_path,
 
 @pytest.mark.parametrize("seed", SEEDS, ids=["fixed", "fresh"])
 def test_a_damaged_journal_is_refused_or_begun_anew(folder, tmp_path, seed, monkeypatch):
-    from ministral_jax.checkpoints import convert as module
+    from ministral_jax.checkpoints.conversion import convert as module
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_manifest", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))

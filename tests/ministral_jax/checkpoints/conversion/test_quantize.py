@@ -11,9 +11,9 @@ import pytest
 
 from ministral_jax import calibration
 from ministral_jax.calibration import input_maxima
-from ministral_jax.checkpoints.convert import convert
+from ministral_jax.checkpoints.conversion.convert import convert
+from ministral_jax.checkpoints.conversion.quantize import quantize
 from ministral_jax.checkpoints.load import load_model
-from ministral_jax.checkpoints.quantize import quantize
 from ministral_jax.checkpoints.safetensors import SafetensorsFile
 from ministral_jax.errors import CheckpointError, RequestError
 from ministral_jax.linear import projections
@@ -148,7 +148,8 @@ def test_a_failure_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     write_tiny_checkpoint(tmp_path / "dense", tiny_config())
     with monkeypatch.context() as patched:
         patched.setattr(
-            "ministral_jax.checkpoints.quantize.encode", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+            "ministral_jax.checkpoints.conversion.quantize.encode",
+            lambda *_: (_ for _ in ()).throw(OSError(28, "full")),
         )
         with pytest.raises(CheckpointError, match="full"):
             quantize(tmp_path / "dense", tmp_path / "out", stored=STORED[0])

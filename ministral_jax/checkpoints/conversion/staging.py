@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..config_files import CONFIG_FILE_NAMES
-from ..errors import CheckpointError
+from ...config_files import CONFIG_FILE_NAMES
+from ...errors import CheckpointError
 from .adapters import PEFT_CONFIG
 from .manifest import MANIFEST, FileRecord
 

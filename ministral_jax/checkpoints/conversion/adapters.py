@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config_files.fields import Fields
-from ..config_files.json_file import read_json_object
-from ..errors import CheckpointError, ConfigError
+from ...config_files.fields import Fields
+from ...config_files.json_file import read_json_object
+from ...errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("ministral_jax")
 

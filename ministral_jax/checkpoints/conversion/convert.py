@@ -1,7 +1,7 @@
 """Conversion between layouts: mistral, HF and orbax, models and adapters. Streams; never holds a model, nor computes on
 quantised weights.
 
-    from ministral_jax.checkpoints.convert import convert
+    from ministral_jax.checkpoints.conversion.convert import convert
     convert("Ministral-8B", "Ministral-8B-hf", to="hf")
 
 The result gets its name only when it is whole. A run that was killed is taken up where its last file ended.
@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from ..config_files.json_file import write_json
-from ..errors import CheckpointError
+from ...config_files.json_file import write_json
+from ...errors import CheckpointError
+from ..hub import resolve
+from ..safetensors_writer import write_streamed
 from .canonical import Kind
 from .compare import compare
-from .hub import resolve
 from .manifest import MANIFEST, FileRecord, write_manifest
 from .opening import Checkpoint, open_checkpoint
 from .orbax_folder import write_orbax
 from .pieces import Dtype, Pieces
 from .plan import Plan, plan_conversion
-from .safetensors_writer import write_streamed
 from .staging import Staging, file_identities, require_free, sha256_of, was_published
 
 # Bytes done, bytes in all.

@@ -15,13 +15,13 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..config import ModelConfig
-from ..config_files import CONFIG_FILE_NAMES, Layout
-from ..config_files.quantization_block import BLOCK
-from ..errors import CheckpointError
+from ...config import ModelConfig
+from ...config_files import CONFIG_FILE_NAMES, Layout
+from ...config_files.quantization_block import BLOCK
+from ...errors import CheckpointError
+from ..json_pieces import shown
+from ..translate import Name, dropped_kind, parse_fused, parse_hf, parse_mistral
 from .expected import HEAD, interleaved_heads, module_shape, modules
-from .json_pieces import shown
-from .translate import Name, dropped_kind, parse_fused, parse_hf, parse_mistral
 
 Kind = Literal["mistral", "hf", "orbax"]
 

@@ -1,0 +1,1 @@
+"""From one checkpoint to another: layouts, adapters, orbax, quantised formats. Streams; never holds a model."""
