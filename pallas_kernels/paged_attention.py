@@ -120,19 +120,7 @@ def paged_attention(
     names = typing.get_args(Implementation)
     if implementation not in names:
         raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(names)}")
-    problem = PagedProblem(
-        target=target(),
-        dtype=str(q.dtype),
-        pool_dtype=str(k_pages.dtype),
-        widths=(q.shape[-1], Hv),
-        heads=(q.shape[1], k_pages.shape[2]),
-        page=k_pages.shape[1],
-        rows=q.shape[0],
-        sequences=page_table.shape[0],
-        table_width=page_table.shape[1],
-        latent=v_pages is None,
-        interpret=bool(interpret),
-    )
+    problem = _problem(q, k_pages, page_table, Hv, latent=v_pages is None, interpret=bool(interpret))
     run = choose("paged_attention", TABLE, implementation, problem)
     out, lse = run(
         q,
@@ -149,6 +137,24 @@ def paged_attention(
         **({"interpret": interpret} if interpret else {}),
     )
     return (out, lse) if return_lse else out
+
+
+def _problem(
+    q: Array, k_pages: Array, page_table: Array, value_width: int, *, latent: bool, interpret: bool
+) -> PagedProblem:
+    return PagedProblem(
+        target=target(),
+        dtype=str(q.dtype),
+        pool_dtype=str(k_pages.dtype),
+        widths=(q.shape[-1], value_width),
+        heads=(q.shape[1], k_pages.shape[2]),
+        page=k_pages.shape[1],
+        rows=q.shape[0],
+        sequences=page_table.shape[0],
+        table_width=page_table.shape[1],
+        latent=latent,
+        interpret=interpret,
+    )
 
 
 def token_slots(

@@ -49,16 +49,18 @@ def absent_gpu() -> AbsentGpu:
 
 def compile_for_h200(function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()) -> jax.stages.Compiled:
     """`function` compiled to machine code (sm_90a). Arguments are arrays or their shapes and dtypes."""
-    os.environ["PATH"] = f"{_compiler_folder()}{os.pathsep}{os.environ['PATH']}"
+    _put_compiler_on_path()
     gpu = absent_gpu()
     with jax.sharding.use_abstract_mesh(gpu.mesh):
         staged = jax.jit(function, in_shardings=gpu.sharding, out_shardings=gpu.sharding, donate_argnums=tuple(donate))
         return staged.lower(*arguments).compile()
 
 
-def _compiler_folder() -> Path:
-    """Where the vendor's wheels keep the assembler. Raises RuntimeError where they are not installed."""
+def _put_compiler_on_path() -> None:
+    """XLA and Mosaic call the vendor's assembler by name. Raises RuntimeError where its wheels are not installed."""
     found = importlib.util.find_spec("nvidia")
     if found is None or found.submodule_search_locations is None:
         raise RuntimeError("the vendor's compiler wheels are missing: pip install '.[aot]'")
-    return Path(next(iter(found.submodule_search_locations))) / "cu13" / "bin"
+    folder = str(Path(next(iter(found.submodule_search_locations))) / "cu13" / "bin")
+    if folder not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"

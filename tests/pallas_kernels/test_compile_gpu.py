@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,21 +19,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA plugin is missing"),
     pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="the nvidia compiler wheels are missing"),
 ]
-
-# What the plugin would read from an H200; from the vendor's tables of compute capability 9.0.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
-  device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 20 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +66,12 @@ def kernel_call(kernel: str, shape: Shape) -> tuple[Callable[..., Any], Any]:
 
 def reports(call: Callable[..., Any], operands: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> str:
     """What the assembler said about the kernel, and its machine code, both as text."""
-    from jax.experimental import topologies
+    from pallas_kernels.gpu.ahead_of_time import compile_for_h200
 
-    tools = Path(next(iter(importlib.util.find_spec("nvidia").submodule_search_locations))) / "cu13" / "bin"  # pyright: ignore
-    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_SASS", "1")
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology="1x1x1", target_config=H200)
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     capfd.readouterr()
-    jax.jit(call, in_shardings=device, out_shardings=device).lower(operands).compile()
+    compile_for_h200(call, operands)
     return capfd.readouterr().out
 
 
