@@ -144,6 +144,17 @@ def kernels(case: Case, interpret: Any = True) -> Callable[..., Any]:
 @example(case=case(window=10, group=16, segmented=True, n_queries=20, n_keys=20))
 @example(case=case(window=100, offset=-5, n_queries=37, n_keys=20, segmented=True))
 def test_results_and_gradients_equal_those_of_the_definition(case: Case) -> None:
+    check_against_the_definition(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(case=cases())
+def test_results_and_gradients_equal_those_of_the_definition_in_many_more_cases(case: Case) -> None:
+    check_against_the_definition(case)
+
+
+def check_against_the_definition(case: Case) -> None:
     arrays = case.arrays()
     got = results(case, kernels(case), *arrays)
     expected = naive_flash(*arrays, window=case.window, segments=case.segments(), offset=case.offset)

@@ -108,6 +108,17 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases())
 def test_the_kernels_equal_the_textbook_loop(case: Case) -> None:
     """NaN stands in the null page, in free pages, behind every window and past every length."""
+    check_against_the_textbook(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, phases=NO_SHRINKING)
+@given(case=cases())
+def test_the_kernels_equal_the_textbook_loop_in_many_more_batches(case: Case) -> None:
+    check_against_the_textbook(case)
+
+
+def check_against_the_textbook(case: Case) -> None:
     call = case.call()
     assert_close(kernels(case, call), expected(case, call))
 
