@@ -166,6 +166,8 @@ def test_a_float8_cache_is_a_quarter_as_large_and_answers_nearly_the_same(
     generator.generate(PROMPTS, first)
     small.generate(PROMPTS, first)
     assert 4 * small.cache_bytes == generator.cache_bytes
+    assert small.cache_plan is not None
+    assert small.cache_plan.n_bytes == small.cache_bytes
 
 
 def test_a_cache_dtype_that_does_not_exist_is_refused() -> None:

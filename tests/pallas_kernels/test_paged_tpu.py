@@ -17,7 +17,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import paged_attention
 from pallas_kernels.dispatch import Target
-from pallas_kernels.paged_dispatch import PagedProblem
 from pallas_kernels.tpu import paged_fetch, paged_rows
 from pallas_kernels.tpu.paged import paged_attention_tpu, unsupported
 from pallas_kernels.tpu.paged_kernel import vector_memory
@@ -27,6 +26,7 @@ from pallas_kernels.visibility import visible
 
 from .naive_attention import naive_paged
 from .test_paged_attention import Call, Case
+from .test_paged_dispatch import problem
 
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}  # most of this file's time is compiling
 if jax.__version_info__ < (0, 11):  # later ones have no such option
@@ -230,19 +230,7 @@ def jitted_tiles(starts: Any, lengths: Any, chosen: Any) -> Any:
     return paged_tiles(starts, lengths, 4, 13 // 4 + 3, chosen)
 
 
-PROBLEM = PagedProblem(
-    target=Target("tpu", "TPU v6 lite"),
-    dtype="bfloat16",
-    pool_dtype="bfloat16",
-    widths=(128, 128),
-    heads=(32, 8),
-    page=16,
-    rows=64,
-    sequences=64,
-    table_width=16384,
-    latent=False,
-    interpret=False,
-)
+PROBLEM = problem(Target("tpu", "TPU v6 lite"), page=16, table_width=16384)
 
 
 @pytest.mark.parametrize(
