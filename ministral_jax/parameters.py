@@ -20,6 +20,10 @@ Initializer = Literal["normal", "ones", "stored"]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
+class AdapterParam(nnx.Param):
+    """A matrix of a low-rank adapter: what LoRA trains while every other parameter stays as it is."""
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """One weight: shape, a logical axis name per dimension, dtype, and how it is drawn when trained from scratch.
