@@ -21,5 +21,9 @@ class RequestError(MinistralError):
     """A generation or scoring request that cannot be served, refused before any work is done."""
 
 
+class ShardingError(MinistralError):
+    """A mesh or a layout that does not fit the model or the devices that are there."""
+
+
 class NotYetError(MinistralError):
     """A published model or format that is recognised but whose layers are not built yet."""

@@ -27,7 +27,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, dim: int, eps: float, dtype: DTypeLike) -> None:
         self.eps = eps
-        self.weight = ParameterSpec((dim,), ("embed",), dtype, init="ones").placeholder()
+        self.weight = ParameterSpec((dim,), ("norm",), dtype, init="ones").placeholder()
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         return rms_norm(x, self.weight[...], self.eps)
