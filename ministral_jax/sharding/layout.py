@@ -95,8 +95,8 @@ def layout_for(config: ModelConfig, mesh: Mesh, rules: Rules | str = "all") -> L
     repeats = layout.ways("act_kv_heads") // config.n_kv_heads
     if repeats > 1 and config.latent is None:
         logger.warning(
-            "%d key heads on tensor=%d: each is kept by %d devices; a cache takes %d times the memory of one on tensor=%d",
-            config.n_kv_heads, layout.ways("act_kv_heads"), repeats, repeats, config.n_kv_heads,
+            "%d key heads on tensor=%d: each is kept by %d devices, and a cache takes %d times the memory",
+            config.n_kv_heads, layout.ways("act_kv_heads"), repeats, repeats,
         )  # fmt: skip
     return layout
 

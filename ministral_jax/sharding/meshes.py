@@ -86,7 +86,7 @@ def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     between, within = [], []
-    for axis, size in zip(MESH_AXES, shape, strict=True):
+    for size in shape:
         across = math.gcd(size, slices)
         between.append(across)
         within.append(size // across)

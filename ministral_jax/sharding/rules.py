@@ -117,8 +117,8 @@ def partition(
 ) -> PartitionSpec:
     """How an array with these logical axes is split on a mesh of these sizes; mesh axes of size 1 are left out.
 
-    Raises ShardingError if one mesh axis would split two dimensions, or, where `shape` is given, if a dimension does not
-    divide.
+    Raises ShardingError if one mesh axis would split two dimensions, or, where `shape` is given, if a dimension does
+    not divide.
     """
     entries: list[tuple[str, ...]] = []
     taken: dict[str, str | None] = {}
