@@ -1,10 +1,13 @@
-"""The one projection of the model: dense or quantised. Weights stay `[out, in]`, as published.
+"""The one projection of the model: dense or quantised, with any low-rank adapter. Weights stay `[out, in]`, as given.
 
 What a projection holds is decided here and nowhere else; layers only call it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -14,13 +17,34 @@ from .parameters import ParameterSpec
 from .quantization import LinearFormat, QuantizedProduct, QuantizedWeight
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter is beside its matrices: their rank, the factor of `B A x`, and dropout before A in training."""
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+
+
+class DropoutKey(nnx.Variable):
+    """The random key of one projection's dropout; in a stack of layers one for each, along the leading axis."""
+
+
 class Linear(nnx.Module):
-    """`x @ weight.T` without bias; `axes` are the logical axes of (out, in). Built dense; `store_as` changes that."""
+    """`x @ weight.T` without bias; `axes` are the logical axes of (out, in). Built dense; `store_as` changes that.
+
+    With an adapter, `+ scale * B A x` (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+    """
+
+    lora_a: nnx.Param
+    lora_b: nnx.Param
 
     def __init__(self, n_out: int, n_in: int, axes: tuple[str, str], dtype: DTypeLike) -> None:
         self.shape = (n_out, n_in)
         self.axes = axes
         self.stored: LinearFormat | None = None
+        self.adapter: LowRank | None = None
+        self.dropout_key: DropoutKey | None = nnx.data(None)
         self.weight = ParameterSpec(self.shape, axes, dtype).placeholder()
 
     def store_as(self, stored: LinearFormat) -> None:
@@ -30,18 +54,54 @@ class Linear(nnx.Module):
         for name, spec in stored.specs(*self.shape, self.axes).items():
             setattr(self, name, spec.placeholder())
 
+    def adapt(self, adapter: LowRank) -> None:
+        """Adds placeholders of an adapter, in float32: `lora_a` [R, in] and `lora_b` [out, R]."""
+        n_out, n_in = self.shape
+        self.adapter = adapter
+        down = ParameterSpec((adapter.rank, n_in), ("rank", self.axes[1]), jnp.float32, "fan_in", adapter=True)
+        up = ParameterSpec((n_out, adapter.rank), (self.axes[0], "rank"), jnp.float32, "zeros", adapter=True)
+        self.lora_a, self.lora_b = down.placeholder(), up.placeholder()
+
+    def remove_adapter(self) -> None:
+        """The projection as it was before `adapt`."""
+        del self.lora_a, self.lora_b
+        self.adapter = self.dropout_key = None
+
     def quantized_weight(self) -> QuantizedWeight:
         """The payload and scales of a projection that is not dense, as one weight."""
         assert self.stored is not None, "this projection is dense"
         return self.stored.weight({name: getattr(self, name)[...] for name in self.stored.parts(*self.shape)})
 
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        product = self._product(x)
+        if self.adapter is None:
+            return product
+        return (product + self.adapter.scale * self._low_rank_product(x)).astype(product.dtype)
+
+    def _product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         if self.stored is None:
             return jnp.einsum("...I,OI->...O", x, self.weight[...])
         weight = self.quantized_weight()
         if self.stored.activations != "none" and isinstance(weight, QuantizedProduct):
             return weight.quantized_product(x)
         return weight.product(x)
+
+    def _low_rank_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """`B A x` in float32, of operands in the dtype of `x`: the matrices are kept in more bits than they act in.
+
+        That is mistral-finetune's arithmetic, but for the sum with `W x`, which is rounded once, as in PEFT.
+        """
+        down, up = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+        inner = jnp.einsum("...I,RI->...R", self._dropped(x), down)
+        return jnp.einsum("...R,OR->...O", inner, up, preferred_element_type=jnp.float32)
+
+    def _dropped(self, x: Float[Array, "*T I"]) -> Float[Array, "*T I"]:
+        """`x` with a random share of its numbers zero and the others larger for it, where there is a key."""
+        if self.adapter is None or self.dropout_key is None or not self.adapter.dropout:
+            return x
+        kept = 1.0 - self.adapter.dropout
+        mask = jax.random.bernoulli(self.dropout_key[...], kept, x.shape)
+        return jnp.where(mask, x / kept, 0).astype(x.dtype)
 
 
 def projections(model: nnx.Module) -> dict[str, Linear]:

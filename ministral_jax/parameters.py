@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-Initializer = Literal["normal", "ones", "stored"]
+Initializer = Literal["normal", "ones", "zeros", "fan_in", "stored"]
 Module = TypeVar("Module", bound=nnx.Module)
 
 
@@ -28,17 +28,33 @@ class AdapterParam(nnx.Param):
 class ParameterSpec:
     """One weight: shape, a logical axis name per dimension, dtype, and how it is drawn when trained from scratch.
 
-    A "stored" one is never drawn: it is part of a quantised weight and comes from a file.
+    "fan_in" is uniform within the inverse root of the columns (Kaiming's with a = sqrt 5). A "stored" one is never
+    drawn: it is part of a quantised weight and comes from a file. An `adapter` one is an AdapterParam.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     dtype: DTypeLike
     init: Initializer = "normal"
+    adapter: bool = False
 
     def placeholder(self) -> nnx.Param:
         """A parameter without memory behind it."""
-        return nnx.Param(jax.ShapeDtypeStruct(self.shape, self.dtype), axes=self.axes, init=self.init)
+        kind = AdapterParam if self.adapter else nnx.Param
+        return kind(jax.ShapeDtypeStruct(self.shape, self.dtype), axes=self.axes, init=self.init)
+
+    def draw(self, key: jax.Array, std: float) -> jax.Array:
+        """An initial value. Raises ValueError for a part of a quantised weight."""
+        if self.init == "stored":
+            raise ValueError("is part of a quantised weight, which is never drawn: quantise a dense one")
+        if self.init == "ones":
+            return jnp.ones(self.shape, self.dtype)
+        if self.init == "zeros":
+            return jnp.zeros(self.shape, self.dtype)
+        if self.init == "fan_in":
+            bound = self.shape[-1] ** -0.5
+            return jax.random.uniform(key, self.shape, jnp.float32, -bound, bound).astype(self.dtype)
+        return (std * jax.random.normal(key, self.shape, jnp.float32)).astype(self.dtype)
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -48,7 +64,9 @@ def _name(path: tuple[Any, ...]) -> str:
 def parameter_specs(model: nnx.Module) -> dict[str, ParameterSpec]:
     """Name -> what it is, for every weight of an abstract or filled model, in the model's own order."""
     return {
-        _name(path): ParameterSpec(tuple(leaf.shape), leaf.axes, jnp.dtype(leaf.dtype), leaf.init)
+        _name(path): ParameterSpec(
+            tuple(leaf.shape), leaf.axes, jnp.dtype(leaf.dtype), leaf.init, isinstance(leaf, AdapterParam)
+        )
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
 
@@ -78,15 +96,17 @@ def fill(model: Module, arrays: Mapping[str, Any] | Callable[[str, ParameterSpec
 
 
 def initialize(model: Module, key: jax.Array, *, std: float = 0.02) -> Module:
-    """Draws every weight: normal with standard deviation `std`, ones for norms. Deterministic in `key`."""
+    """Draws every weight: normal with standard deviation `std`, ones for norms, as the specs say for adapters.
+
+    Deterministic in `key`.
+    """
     specs = parameter_specs(model)
     keys = dict(zip(specs, jax.random.split(key, len(specs)), strict=True))
 
     def draw(name: str, spec: ParameterSpec) -> jax.Array:
-        if spec.init == "ones":
-            return jnp.ones(spec.shape, spec.dtype)
-        if spec.init == "stored":
-            raise ValueError(f"{name} is part of a quantised weight, which is never drawn: quantise a dense one")
-        return (std * jax.random.normal(keys[name], spec.shape, jnp.float32)).astype(spec.dtype)
+        try:
+            return spec.draw(keys[name], std)
+        except ValueError as problem:
+            raise ValueError(f"{name} {problem}") from None
 
     return fill(model, draw)
