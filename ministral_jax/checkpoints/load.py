@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ..errors import CheckpointError, ConfigError
 from ..linear import projections
 from ..parameters import ParameterSpec, fill, parameter_specs
 from ..row_order import half_split_rows
+from ..stacked import LAYERS, StackedTransformer
 from ..transformer import Transformer, refuse_missing_layers
 from .hub import resolve
 from .json_pieces import shown
@@ -64,6 +66,7 @@ def load(
     )
 
 
+@overload
 def load_model(
     directory: str | Path,
     *,
@@ -72,7 +75,33 @@ def load_model(
     windows: str | Sequence[Window] | None = None,
     activations: Activations | None = None,
     placement: Placement | None = None,
-) -> Transformer:
+    stacked: Literal[False] = False,
+) -> Transformer: ...
+
+
+@overload
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: str | type | np.dtype | None = None,
+    attention: Implementation = "auto",
+    windows: str | Sequence[Window] | None = None,
+    activations: Activations | None = None,
+    placement: Placement | None = None,
+    stacked: Literal[True],
+) -> StackedTransformer: ...
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: str | type | np.dtype | None = None,
+    attention: Implementation = "auto",
+    windows: str | Sequence[Window] | None = None,
+    activations: Activations | None = None,
+    placement: Placement | None = None,
+    stacked: bool = False,
+) -> Transformer | StackedTransformer:
     """Reads the checkpoint in `directory`, in either layout; its arrays own their memory.
 
     `dtype` None or "auto" is the checkpoint's on accelerators and float32 on CPU, where XLA rewrites narrower weights
@@ -80,7 +109,8 @@ def load_model(
     `catalog.WINDOW_PATTERNS`, or a list that is repeated over the layers. `activations` of quantised projections are
     rounded as their format says (None); "quantized" insists on it, "plain" leaves them alone. `placement(name, spec)`
     gives the sharding of each parameter, and each device then reads only the bytes of its shard; without it everything
-    goes to the default device. Raises MinistralError in one line.
+    goes to the default device. `stacked` gives the model for training, each layer read into its place in a stack.
+    Raises MinistralError in one line.
     """
     folder = Path(directory)
     layout = detect_layout(folder)
@@ -99,7 +129,11 @@ def load_model(
         linears = projections(abstract)
         for name, stored in plan.formats.items():
             linears[name].store_as(stored)
-        return fill(abstract, lambda name, spec: _array(files, sources[name], name, spec, placement))
+        if not stacked:
+            return fill(abstract, lambda name, spec: _array(files, [sources[name]], name, spec, placement))
+        model = StackedTransformer(abstract)
+        names = model.pattern.names
+        return fill(model, lambda name, spec: _array(files, [sources[n] for n in names(name)], name, spec, placement))
 
 
 def match_tensors(files: WeightFiles, config: ModelConfig, activations: Activations | None = None) -> ReadPlan:
@@ -215,16 +249,28 @@ def _dense(sources: Mapping[str, Source], plan: ReadPlan) -> dict[str, Source]:
 
 
 def _array(
-    files: WeightFiles, source: Source, name: str, spec: ParameterSpec, placement: Placement | None
+    files: WeightFiles, sources: Sequence[Source], name: str, spec: ParameterSpec, placement: Placement | None
 ) -> jax.Array:
+    """The parameter in the one tensor of `sources`, or stacked along a leading axis from one for each layer."""
     dtype = np.dtype(spec.dtype)
-    # Lone scales are [] or [1], those of rows [O] or [O, 1]: all of them small.
-    small = files.tensors[source.name].shape != spec.shape or not spec.shape
+    is_stack = spec.axes[:1] == (LAYERS,)
+    shape = spec.shape[1:] if is_stack else spec.shape  # of one layer
+
+    def read_one(source: Source, index: tuple[slice, ...]) -> np.ndarray:
+        # Lone scales are [] or [1], those of rows [O] or [O, 1]: all of them small.
+        if shape and files.tensors[source.name].shape == shape:
+            return read_values(files, source, dtype, index)
+        return np.asarray(read_small(files, source, dtype, shape)[index])
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not small:
-            return read_values(files, source, dtype, index)
-        return np.asarray(read_small(files, source, dtype, spec.shape)[index])
+        if not is_stack:
+            return read_one(sources[0], index)
+        layers = sources[index[0]]
+        extents = [len(range(*part.indices(size))) for part, size in zip(index[1:], shape, strict=True)]
+        out = aligned_empty((len(layers), *extents), dtype)
+        for layer, source in enumerate(layers):
+            out[layer] = read_one(source, index[1:])
+        return out
 
     if placement is None:
         whole = tuple(slice(None) for _ in spec.shape)
