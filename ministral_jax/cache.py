@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -38,9 +39,11 @@ class PagedCache:
         """Bytes of all pools as allocated."""
         return sum(pool.nbytes for pool in (*self.keys, *self.values))
 
-    def pages_of_group(self, group: int) -> int:
-        """Pages in each pool of a group, the null page included."""
-        return self.keys[self.group_of_layer.index(group)].shape[0]
+    @property
+    def pages_by_group(self) -> tuple[int, ...]:
+        """Pages in each pool of every group, the null page included."""
+        groups = range(max(self.group_of_layer) + 1)
+        return tuple(self.keys[self.group_of_layer.index(group)].shape[0] for group in groups)
 
     def with_layer(self, layer: int, k_pages: Array, v_pages: Array) -> PagedCache:
         """The cache with one layer's pools replaced."""
@@ -56,7 +59,11 @@ class PagedCache:
 )
 @dataclass(frozen=True)
 class PagedBatch:
-    """Which tokens one call brings: `query_starts` and `lengths` as in paged_attention, and a page table per group."""
+    """Which tokens one call brings: `query_starts` and `lengths` as in paged_attention, and a page table per group.
+
+    On a mesh, the batches of the data shards stand one after the other, each with its own `query_starts` and pages
+    numbered from its own null page.
+    """
 
     page_tables: tuple[Int[Array, "B pages"], ...]
     query_starts: Int[Array, "B_plus_1"]
@@ -66,11 +73,11 @@ class PagedBatch:
         """Absolute position of each packed row; 0 for padding rows."""
         return jnp.maximum(token_positions(self.query_starts, self.lengths, n_tokens)[1], 0)
 
-    def slots(self, cache: PagedCache, n_tokens: int) -> tuple[Int[Array, "T"], ...]:
-        """Per group, where each packed row is written."""
+    def slots(self, pages_by_group: Sequence[int], page_size: int, n_tokens: int) -> tuple[Int[Array, "T"], ...]:
+        """Per group, where each packed row is written in pools of so many pages."""
         return tuple(
-            token_slots(table, self.query_starts, self.lengths, n_tokens, cache.page_size, cache.pages_of_group(group))
-            for group, table in enumerate(self.page_tables)
+            token_slots(table, self.query_starts, self.lengths, n_tokens, page_size, n_pages)
+            for table, n_pages in zip(self.page_tables, pages_by_group, strict=True)
         )
 
 

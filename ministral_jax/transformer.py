@@ -12,10 +12,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import flash_attention, paged_attention, write_pages
 from pallas_kernels.flash_attention import Implementation
 from pallas_kernels.paged_attention import Implementation as PagedImplementation
 
+from .attend import causal_attend, packed_positions, paged_attend, sequence_axes
 from .attention import Attend, Attention, Memory, Rotation
 from .cache import PagedBatch, PagedCache
 from .config import ModelConfig
@@ -23,6 +23,8 @@ from .errors import NotYetError
 from .feed_forward import FeedForward
 from .norm import RMSNorm
 from .parameters import ParameterSpec
+from .sharding.collectives import gathered, lookup
+from .sharding.layout import Layout
 
 
 class Block(nnx.Module):
@@ -48,8 +50,11 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, dim: int, dtype: DTypeLike) -> None:
         self.weight = ParameterSpec((vocab_size, dim), ("vocab", "embed"), dtype).placeholder()
 
-    def __call__(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T D"]:
-        return self.weight[...][tokens]
+    def __call__(
+        self, tokens: Int[Array, "*T"], layout: Layout | None = None, axes: tuple[str | None, ...] = ()
+    ) -> Float[Array, "*T D"]:
+        """The rows of `tokens`; on a mesh, `axes` are their logical axes."""
+        return lookup(self.weight[...], tokens, layout, axes)
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         return jnp.einsum("...D,VD->...V", hidden, self.weight[...], preferred_element_type=jnp.float32)
@@ -58,7 +63,8 @@ class Embedding(nnx.Module):
 class Transformer(nnx.Module):
     """A Mistral text decoder. Built abstract (no memory); fill it with `parameters.fill` or `parameters.initialize`.
 
-    `attention` names the implementation of attention, "auto" by default (see pallas_kernels.flash_attention).
+    `attention` names the implementation of attention, "auto" by default (see pallas_kernels.flash_attention). `layout`
+    says where weights and activations lie on a mesh; None is one device.
     """
 
     def __init__(
@@ -67,9 +73,11 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         *,
         attention: Implementation = "auto",
+        layout: Layout | None = None,
     ) -> None:
         refuse_missing_layers(config)
         self.config = config
+        self.layout = layout
         self.attention_implementation: Implementation = attention
         # cuDNN has no paged counterpart here: the choice is left to paged_attention.
         self.paged_implementation: PagedImplementation = "auto" if attention == "cudnn" else attention
@@ -95,20 +103,13 @@ class Transformer(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-
-        def attend(layer: int, q: Array, k: Array, v: Array, memory: None) -> tuple[Array, None]:
-            window = self.config.windows[layer]
-            out = flash_attention(
-                q, k, v, window=window, segment_ids=segment_ids, implementation=self.attention_implementation
-            )
-            return out, memory
-
-        return self._run(tokens, positions, attend, None)[0]
+        attend = causal_attend(self.config, segment_ids, self.attention_implementation, self.layout)
+        return self._run(tokens, positions, sequence_axes(tokens.shape, self.layout), attend, None)[0]
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Float32 logits of final hidden states."""
         head = self.tok_embeddings if self.output is None else self.output
-        return head.logits(hidden)
+        return gathered(head, self.layout).logits(hidden)
 
     def extend(
         self, tokens: Int[Array, "T"], cache: PagedCache, batch: PagedBatch
@@ -117,34 +118,28 @@ class Transformer(nnx.Module):
 
         Returns the final hidden state of each row (meaningless for padding rows) and the cache.
         """
-        slots = batch.slots(cache, tokens.shape[0])
-
-        def attend(layer: int, q: Array, k: Array, v: Array, memory: PagedCache) -> tuple[Array, PagedCache]:
-            group = memory.group_of_layer[layer]
-            k_pages = write_pages(memory.keys[layer], k, slots[group])
-            v_pages = write_pages(memory.values[layer], v, slots[group])
-            out = paged_attention(
-                q,
-                k_pages,
-                v_pages,
-                batch.page_tables[group],
-                batch.query_starts,
-                batch.lengths,
-                window=self.config.windows[layer],
-                implementation=self.paged_implementation,
-            )
-            return out, memory.with_layer(layer, k_pages, v_pages)
-
-        return self._run(tokens, batch.positions(tokens.shape[0]), attend, cache)
+        n_tokens = tokens.shape[0]
+        attend = paged_attend(self.config, batch, cache, n_tokens, self.paged_implementation, self.layout)
+        positions = packed_positions(batch, n_tokens, self.layout)
+        return self._run(tokens, positions, ("rows",), attend, cache)
 
     def _run(
-        self, tokens: Int[Array, "*T"], positions: Int[Array, "*T"], attend: Attend[Memory], memory: Memory
+        self,
+        tokens: Int[Array, "*T"],
+        positions: Int[Array, "*T"],
+        axes: tuple[str | None, ...],
+        attend: Attend[Memory],
+        memory: Memory,
     ) -> tuple[Float[Array, "*T D"], Memory]:
+        """All layers over tokens whose logical axes are `axes`."""
+        layout = self.layout
         rotation = Rotation.at(positions, self.config)
-        x = self.tok_embeddings(tokens)  # [*T, D]
+        x = gathered(self.tok_embeddings, layout)(tokens, layout, axes)  # [*T, D]
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, memory = layer(x, rotation, i, attend, memory)
+                x, memory = gathered(layer, layout)(x, rotation, i, attend, memory)
+            if layout is not None:
+                x = layout.constrain(x, *axes, "act_embed")
         return self.norm(x), memory
 
 

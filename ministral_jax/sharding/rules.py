@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from ..errors import ShardingError
 
 # Outermost first: what talks least is furthest apart, `tensor` (twice a layer) on neighbours.
-MESH_AXES = ("data", "fsdp", "context", "expert", "tensor")
+MESH_AXES: tuple[str, ...] = ("data", "fsdp", "context", "expert", "tensor")
 
 # Of weights: "embed" is the model's width, "heads", "kv_heads", "hidden" and "vocab" are rows that a device computes
 # alone. "norm", "rank" and "layers" are never split.

@@ -1,0 +1,163 @@
+"""How queries meet keys: over the sequence at hand, or through the paged cache; on one device or on a mesh.
+
+Each function here makes the `attend` that a layer is handed (`attention.Attend`). On a mesh, the kernels run inside
+shard_map: every device sees its own sequences and its own heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import flash_attention, paged_attention, write_pages
+from pallas_kernels.flash_attention import Implementation
+from pallas_kernels.paged_attention import Implementation as PagedImplementation
+
+from .attention import Attend
+from .cache import PagedBatch, PagedCache
+from .config import ModelConfig, Window
+from .errors import ShardingError
+from .sharding.layout import Layout
+
+KEYS = ("act_kv_heads", None)
+QUERIES = ("act_heads", None)
+
+
+def sequence_axes(shape: tuple[int, ...], layout: Layout | None) -> tuple[str | None, str | None]:
+    """Logical axes of tokens [B, T]. Sequences too few for the mesh are not split: every device computes them all."""
+    if layout is None:
+        return (None, None)
+    if shape[1] % layout.ways("sequence"):
+        raise ShardingError(
+            f"sequences of {shape[1]} tokens do not divide over context={layout.ways('sequence')}: pad them"
+        )
+    return ("batch" if shape[0] % layout.ways("batch") == 0 else None, "sequence")
+
+
+def causal_attend(
+    config: ModelConfig, segment_ids: Int[Array, "B T"] | None, implementation: Implementation, layout: Layout | None
+) -> Attend[None]:
+    """Attention of whole sequences to themselves, windowed as each layer says."""
+
+    def attend(layer: int, q: Array, k: Array, v: Array, memory: None) -> tuple[Array, None]:
+        window = config.windows[layer]
+        if layout is None:
+            out = flash_attention(q, k, v, window=window, segment_ids=segment_ids, implementation=implementation)
+        else:
+            out = _causal_on_mesh(q, k, v, segment_ids, window, implementation, layout)
+        return out, memory
+
+    return attend
+
+
+def _causal_on_mesh(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K Hv"],
+    segment_ids: Int[Array, "B T"] | None,
+    window: Window,
+    implementation: Implementation,
+    layout: Layout,
+) -> Float[Array, "B T N Hv"]:
+    rows = sequence_axes(q.shape[:2], layout)
+    options: dict[str, Any] = {"window": window, "implementation": implementation}
+    across: Callable[..., Array] = flash_attention
+    if layout.ways("sequence") > 1:
+        from .sharding.context import context_flash_attention
+
+        across = functools.partial(context_flash_attention, axis_name="context")
+
+    def local(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+        return across(q, k, v, segment_ids=segments, **options)
+
+    keys = layout.spec((*rows, *KEYS))
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(layout.spec((*rows, *QUERIES)), keys, keys, layout.spec(rows)),
+        out_specs=layout.spec((*rows, *QUERIES)),
+        check_vma=False,
+    )(q, repeat_heads(k, layout), repeat_heads(v, layout), segment_ids)
+
+
+def repeat_heads(x: Float[Array, "*T K H"], layout: Layout) -> Float[Array, "*T K_or_more H"]:
+    """Key heads as many as the devices that share them, each beside its copies, where there are fewer."""
+    ways = layout.ways("act_kv_heads")
+    return x if ways <= x.shape[-2] else jnp.repeat(x, ways // x.shape[-2], axis=-2)
+
+
+def paged_attend(
+    config: ModelConfig,
+    batch: PagedBatch,
+    cache: PagedCache,
+    n_tokens: int,
+    implementation: PagedImplementation,
+    layout: Layout | None,
+) -> Attend[PagedCache]:
+    """Attention of packed new tokens through the cache, which they are written to first."""
+    if layout is None:
+        slots = batch.slots(cache.pages_by_group, cache.page_size, n_tokens)
+    else:
+        slots = _slots_on_mesh(batch, cache, n_tokens, layout)
+
+    def attend(layer: int, q: Array, k: Array, v: Array, memory: PagedCache) -> tuple[Array, PagedCache]:
+        group = memory.group_of_layer[layer]
+
+        def local(q: Array, k: Array, v: Array, k_pages: Array, v_pages: Array, slots: Array, *where: Array) -> Any:
+            k_pages, v_pages = write_pages(k_pages, k, slots), write_pages(v_pages, v, slots)
+            window = config.windows[layer]
+            out = paged_attention(q, k_pages, v_pages, *where, window=window, implementation=implementation)
+            return out, k_pages, v_pages
+
+        pools, table = (memory.keys[layer], memory.values[layer]), batch.page_tables[group]
+        where = (slots[group], table, batch.query_starts, batch.lengths)
+        if layout is None:
+            out, *pools = local(q, k, v, *pools, *where)
+        else:
+            out, *pools = _paged_on_mesh(local, layout)(
+                q, repeat_heads(k, layout), repeat_heads(v, layout), *pools, *where
+            )
+        return out, memory.with_layer(layer, *pools)
+
+    return attend
+
+
+def _paged_on_mesh(local: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+    """`local` on every device's own sequences, pages and heads."""
+    queries, keys = layout.spec(("rows", *QUERIES)), layout.spec(("rows", *KEYS))
+    pages, rows = layout.spec(("pages", None, *KEYS)), layout.spec(("rows",))
+    return jax.shard_map(
+        local,
+        mesh=layout.mesh,
+        in_specs=(queries, keys, keys, pages, pages, rows, rows, rows, rows),
+        out_specs=(queries, pages, pages),
+        check_vma=False,
+    )
+
+
+def _slots_on_mesh(batch: PagedBatch, cache: PagedCache, n_tokens: int, layout: Layout) -> tuple[Array, ...]:
+    """Where each packed row is written, in the pools of its own data shard."""
+    pages = [n_pages // layout.ways("pages") for n_pages in cache.pages_by_group]
+
+    def local(batch: PagedBatch) -> tuple[Array, ...]:
+        return batch.slots(pages, cache.page_size, n_tokens // layout.ways("rows"))
+
+    return _over_rows(local, layout)(batch)
+
+
+def packed_positions(batch: PagedBatch, n_tokens: int, layout: Layout | None) -> Int[Array, "T"]:
+    """Absolute position of each packed row; 0 for padding rows."""
+    if layout is None:
+        return batch.positions(n_tokens)
+    return _over_rows(lambda batch: batch.positions(n_tokens // layout.ways("rows")), layout)(batch)
+
+
+def _over_rows(local: Callable[[PagedBatch], Any], layout: Layout) -> Callable[[PagedBatch], Any]:
+    """`local` of each data shard's own batch."""
+    rows = layout.spec(("rows",))
+    return jax.shard_map(local, mesh=layout.mesh, in_specs=(rows,), out_specs=rows, check_vma=False)
