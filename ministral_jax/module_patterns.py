@@ -5,6 +5,7 @@ They come from files, so only those that match in bounded time are taken.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -12,6 +13,8 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 _LONGEST = 256
+# One for every projection of the largest model, several times over.
+MOST_PATTERNS = 4096
 # Each one may try every place in a name; with more, or one around a group, a pattern can take longer than a model.
 _MOST_REPEATS = 4
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
@@ -35,6 +38,11 @@ def first_match(patterns: Mapping[str, Value], names: Iterable[str], default: Va
     """The value of the first pattern that matches the end of one of a module's `names`, from a dot on."""
     names = tuple(names)
     for pattern, value in patterns.items():
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+        if any(_compiled(pattern).match(name) for name in names):
             return value
     return default
+
+
+@functools.lru_cache(MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")

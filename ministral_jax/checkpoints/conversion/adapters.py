@@ -6,17 +6,19 @@ mistral: `output = W x + scaling B A x`, with `lora: {rank, scaling}` in params.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...config_files.fields import Fields
 from ...config_files.json_file import read_json_object
 from ...errors import CheckpointError, ConfigError
+from ...module_patterns import MOST_PATTERNS, first_match, pattern_problem
 
 logger = logging.getLogger("ministral_jax")
 
@@ -35,19 +37,44 @@ _UNSUPPORTED = (
     "use_qalora",
     "trainable_token_indices",
     "layer_replication",
-    "rank_pattern",
-    "alpha_pattern",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
+    "megatron_config",
 )
+# First values that leave the base's weights as they are; after the others, the adapter belongs to a changed base.
+_KNOWN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Rank, the factor that B A is multiplied by, dropout in training, and the base model's name if it is known."""
+    """Rank, the factor that B A is multiplied by, dropout in training, and the base model's name if it is known.
+
+    `rank_pattern` and `alpha_pattern` are PEFT's, of modules that differ; `alpha` and `rooted` what factors come from.
+    """
 
     rank: int
     scaling: float
     dropout: float = 0.0
     base: str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha: float | None = None
+    rooted: bool = False
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module, by its HF name."""
+        return first_match(self.rank_pattern, (module,), self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """The factor of a module, by its HF name."""
+        if self.alpha is None:
+            return self.scaling
+        rank = self.rank_of(module)
+        return first_match(self.alpha_pattern, (module,), self.alpha) / (math.sqrt(rank) if self.rooted else rank)
 
 
 def is_peft(folder: Path) -> bool:
@@ -76,7 +103,10 @@ def settings_of_peft(document: Mapping[str, Any]) -> AdapterSettings:
     fields.choice("bias", ("none",), "none")
     for key in _UNSUPPORTED:
         if document.get(key):
-            raise fields.error(key, "none: only plain LoRA, of one rank and one factor, can be converted")
+            raise fields.error(key, "none: only plain LoRA can be read")
+    start = document.get("init_lora_weights")
+    if not any(start is known or (isinstance(start, str) and start == known) for known in _KNOWN_STARTS):
+        raise fields.error("init_lora_weights", "true: others change the base's weights, or are not known")
     rank = fields.integer("r", 8)
     alpha = fields.number("lora_alpha", 8.0)
     rooted = fields.boolean("use_rslora", False)
@@ -86,7 +116,25 @@ def settings_of_peft(document: Mapping[str, Any]) -> AdapterSettings:
         scaling=alpha / (math.sqrt(rank) if rooted else rank),
         dropout=_dropout(fields, "lora_dropout"),
         base=base if isinstance(base, str) else None,
+        rank_pattern=_pattern(fields, "rank_pattern", Fields.integer),
+        alpha_pattern=_pattern(fields, "alpha_pattern", Fields.number),
+        alpha=alpha,
+        rooted=rooted,
     )
+
+
+def _pattern(fields: Fields, key: str, read: Callable[[Fields, str], Any]) -> dict[str, Any]:
+    """An object from regular expressions to positive numbers; where it is absent or null, an empty one."""
+    block = fields.block(key)
+    if block is None:
+        return {}
+    if len(block.keys()) > MOST_PATTERNS:
+        raise ConfigError(f"{fields.name(key)}: has {len(block.keys())} patterns, expected at most {MOST_PATTERNS}")
+    for pattern in block.keys():  # noqa: SIM118
+        problem = pattern_problem(pattern)
+        if problem:
+            raise ConfigError(f"{fields.name(key)}: {problem}")
+    return {pattern: read(block, pattern) for pattern in block.keys()}  # noqa: SIM118
 
 
 def _dropout(fields: Fields, key: str) -> float:
@@ -123,18 +171,25 @@ def _number(text: str | None) -> Any:
 
 
 def peft_document(
-    settings: AdapterSettings, modules: Iterable[str], *, wrapped: bool, kept: Mapping[str, Any] | None
+    settings: AdapterSettings,
+    modules: Mapping[str, tuple[int, float]],
+    *,
+    n_layers: int,
+    wrapped: bool,
+    kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """adapter_config.json for an adapter of the HF `modules`: `kept`, the source's own, if it still says the same.
+    """adapter_config.json for an adapter of the HF `modules`, each of a rank and a factor.
 
-    Beside a vision tower, whose modules have the same last names, the text decoder's are given by a pattern.
+    `kept` is the source's own document, written if it still says the same. Beside a vision tower, whose modules have
+    the same last names, the text decoder's are given by a pattern.
     """
     if kept is not None:
         found = settings_of_peft(kept)
-        if found == dataclasses.replace(settings, base=settings.base or found.base):
+        same = all((found.rank_of(name), found.scaling_of(name)) == value for name, value in modules.items())
+        if same and found.dropout == settings.dropout and found.base == (settings.base or found.base):
             return dict(kept)
-    names = sorted({module.rsplit(".", 1)[-1] for module in modules})
-    alpha = settings.scaling * settings.rank
+    (rank, factor), _ = Counter(modules.values()).most_common(1)[0]
+    alphas = {name: r * scaling for name, (r, scaling) in modules.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -143,14 +198,29 @@ def peft_document(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": _whole(rank * factor),
         "lora_dropout": settings.dropout,
         "modules_to_save": None,
-        "r": settings.rank,
-        "target_modules": rf".*\.language_model\..*\.({'|'.join(names)})" if wrapped else names,
+        "r": rank,
+        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {name: _whole(a) for name, a in alphas.items() if a != rank * factor},
+        "target_modules": _target_modules(list(modules), n_layers, wrapped=wrapped),
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _target_modules(modules: list[str], n_layers: int, *, wrapped: bool) -> list[str] | str:
+    """The last names of the modules if every layer has them all, else the modules one by one."""
+    places = Counter(re.sub(r"\blayers\.[0-9]+\.", "", module) for module in modules)
+    if any(count != n_layers for count in places.values()):
+        return modules
+    names = sorted({module.rsplit(".", 1)[-1] for module in modules})
+    return rf".*\.language_model\..*\.({'|'.join(names)})" if wrapped else names
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
 
 
 def mistral_document(settings: AdapterSettings, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,8 +230,21 @@ def mistral_document(settings: AdapterSettings, params: Mapping[str, Any]) -> di
     return {**params, "lora": {**block, **(old or {}), "rank": settings.rank, "scaling": settings.scaling}}
 
 
-def require_rank(settings: AdapterSettings, ranks: Iterable[int], path: Path) -> None:
-    """That every pair of matrices has the rank that the settings say, which the factor depends on."""
-    wrong = sorted(set(ranks) - {settings.rank})
-    if wrong:
-        raise CheckpointError(f"{path}: has matrices of rank {wrong[0]}; expected {settings.rank} by its config")
+def require_ranks(settings: AdapterSettings, ranks: Mapping[str, int], path: Path) -> None:
+    """That the matrices of each HF module have the rank that the settings say, which the factor depends on."""
+    for module, rank in ranks.items():
+        if rank != settings.rank_of(module):
+            raise CheckpointError(
+                f"{path}: {module} has matrices of rank {rank}; expected {settings.rank_of(module)} by its config"
+            )
+
+
+def one_factor(settings: AdapterSettings, ranks: Mapping[str, int], path: Path) -> float:
+    """What all HF modules are multiplied by, one number in the mistral layout. Raises where there are several."""
+    factors = {settings.scaling_of(module) for module in ranks}
+    if len(factors) > 1:
+        raise CheckpointError(
+            f"{path}: its modules have factors from {min(factors):g} to {max(factors):g}, the mistral layout one for "
+            "all; expected --to hf"
+        )
+    return factors.pop()

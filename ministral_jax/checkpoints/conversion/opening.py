@@ -20,6 +20,7 @@ from ...config_files.json_file import read_json_object
 from ...errors import CheckpointError, ConfigError
 from ..safetensors import SafetensorsFile
 from ..safetensors_header import TensorInfo
+from ..translate import hf_name
 from ..weight_files import WeightFiles
 from .adapters import (
     MISTRAL_FILE,
@@ -29,11 +30,11 @@ from .adapters import (
     is_mistral_adapter,
     is_peft,
     read_peft,
-    require_rank,
+    require_ranks,
     settings_of_params,
     settings_of_peft,
 )
-from .canonical import Kind, Reader, Tensor, canonical_tensors
+from .canonical import LORA_LEAVES, Kind, Reader, Tensor, canonical_tensors
 from .manifest import MANIFEST, kept_documents
 from .orbax_folder import OrbaxReader, is_orbax
 
@@ -51,6 +52,15 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     dropped: Counter[str]
     adapter: AdapterSettings | None = None
+
+    def adapter_ranks(self) -> dict[str, int]:
+        """HF name of each module of an adapter -> rank of its matrices."""
+        wrapped = self.config.vision is not None
+        return {
+            hf_name(tensor.name, wrapped=wrapped).removesuffix(f".{tensor.name.leaf}"): tensor.shape[0]
+            for tensor in self.tensors.values()
+            if tensor.name.leaf == LORA_LEAVES[0]
+        }
 
     @property
     def interleaved(self) -> bool:
@@ -101,17 +111,18 @@ _KEPT_READERS: Mapping[str, Callable[[Mapping[str, Any]], object]] = {
 }
 
 
-def open_checkpoint(folder: str | Path, *, base: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, base: str | Path | ModelConfig | None = None) -> Checkpoint:
     """Opens the model or adapter in `folder`; reads headers and configs, no weights.
 
-    `base` is the folder or published name of the model that a PEFT adapter belongs to, where the adapter does not say.
+    `base` is the model that an adapter belongs to, a folder, a published name or a config, where the adapter does not
+    say, or instead of what it says.
     Raises MinistralError in one line for files that are missing, damaged or do not fit each other.
     """
     folder = Path(folder)
     if is_peft(folder):
         return _open_peft(folder, base)
     if is_mistral_adapter(folder):
-        return _open_mistral_adapter(folder)
+        return _open_mistral_adapter(folder, base)
     config = _with_kept(read_config(folder), folder)
     if is_orbax(folder):
         return _opened(folder, "orbax", config, OrbaxReader(folder))
@@ -144,29 +155,31 @@ def _with_kept(config: ModelConfig, folder: Path) -> ModelConfig:
     return dataclasses.replace(config, extra={**kept, **config.extra})
 
 
-def _open_mistral_adapter(folder: Path) -> Checkpoint:
+def _open_mistral_adapter(folder: Path, base: str | Path | ModelConfig | None) -> Checkpoint:
     path = folder / CONFIG_FILE_NAMES["mistral"]
-    config = _with_kept(read_config(path), folder)
+    config = _with_kept(base if isinstance(base, ModelConfig) else read_config(path), folder)
     reader = _OneFile(folder / MISTRAL_FILE)
     with contextlib.ExitStack() as on_error:
         opened = on_error.enter_context(
             _opened(folder, "mistral", config, reader, AdapterSettings(rank=1, scaling=1.0))
         )
-        settings = settings_of_params(path, read_json_object(path), reader.metadata, min(_ranks(opened)))
-        require_rank(settings, _ranks(opened), reader.paths[0])
+        rank = Counter(_ranks(opened).values()).most_common(1)[0][0]
+        document = read_json_object(path) if path.is_file() else {}
+        settings = settings_of_params(path, document, reader.metadata, rank)
         on_error.pop_all()
     return dataclasses.replace(opened, adapter=settings)
 
 
-def _open_peft(folder: Path, base: str | Path | None) -> Checkpoint:
+def _open_peft(folder: Path, base: str | Path | ModelConfig | None) -> Checkpoint:
     settings, document = read_peft(folder)
-    config = _with_kept(_base_config(folder, base or settings.base), folder)
+    config = base if isinstance(base, ModelConfig) else _base_config(folder, base or settings.base)
+    config = _with_kept(config, folder)
     config = dataclasses.replace(config, extra={**config.extra, "peft": document})
     if not (folder / PEFT_FILE).is_file():
         raise CheckpointError(f"{folder / PEFT_FILE}: no such file; expected the adapter's weights, in safetensors")
     with contextlib.ExitStack() as on_error:
         opened = on_error.enter_context(_opened(folder, "hf", config, _OneFile(folder / PEFT_FILE), settings))
-        require_rank(settings, _ranks(opened), folder / PEFT_FILE)
+        require_ranks(settings, _ranks(opened), folder / PEFT_FILE)
         on_error.pop_all()
     return opened
 
@@ -191,8 +204,10 @@ def _base_config(folder: Path, base: str | Path | None) -> ModelConfig:
         ) from None
 
 
-def _ranks(opened: Checkpoint) -> set[int]:
-    ranks = {tensor.shape[0] for tensor in opened.tensors.values() if tensor.name.leaf == "lora_A.weight"}
+def _ranks(opened: Checkpoint) -> dict[str, int]:
+    ranks = opened.adapter_ranks()
     if not ranks:
         raise CheckpointError(f"{opened.reader.paths[0]}: holds no tensors; expected the matrices of an adapter")
+    if not min(ranks.values()):
+        raise CheckpointError(f"{opened.reader.paths[0]}: has matrices of rank 0; expected 1 or more")
     return ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
 import stat
@@ -18,7 +19,7 @@ from ..hub import SIDE_FILES
 from ..safetensors_writer import TensorSpec, file_bytes, index_document, shard_file_names, shard_names
 from ..translate import Name, fused_hf_name, hf_name
 from ..weight_files import STEMS
-from .adapters import MISTRAL_FILE, PEFT_CONFIG, PEFT_FILE, mistral_document, peft_document
+from .adapters import MISTRAL_FILE, PEFT_CONFIG, PEFT_FILE, mistral_document, one_factor, peft_document
 from .canonical import PEFT_PREFIX, Kind, Tensor
 from .opening import Checkpoint
 from .pieces import DTYPES, Dtype, dtype_after
@@ -76,7 +77,8 @@ def plan_conversion(
     _refuse_without_form(source, to)
     named = _named_parts(source, to)
     targets = {name: _target(parts, fused, dtype) for name, (parts, fused) in named.items()}
-    documents, kept = _config_documents(source, to, dtype, [*targets])
+    source = _with_one_factor(source, to)
+    documents, kept = _config_documents(source, to, dtype)
     files = _weight_files(targets, to, source.adapter is not None, max_shard_bytes)
     if len(files) > 1:
         specs = {name: target.spec for name, target in targets.items()}
@@ -102,6 +104,14 @@ def _refuse_without_form(source: Checkpoint, to: Kind) -> None:
             f"{source.folder}: Mistral Large 3 has no HF form: it is published in the mistral layout alone, and the "
             "nearest class of transformers scales attention otherwise; expected --to mistral or --to orbax"
         )
+
+
+def _with_one_factor(source: Checkpoint, to: Kind) -> Checkpoint:
+    """An adapter bound for the mistral layout with the factor that all its modules have."""
+    if source.adapter is None or to != "mistral":
+        return source
+    factor = one_factor(source.adapter, source.adapter_ranks(), source.reader.paths[0])
+    return dataclasses.replace(source, adapter=dataclasses.replace(source.adapter, scaling=factor, alpha=None))
 
 
 def _named_parts(source: Checkpoint, to: Kind) -> dict[str, tuple[list[Tensor], bool]]:
@@ -173,14 +183,19 @@ def _weight_files(
 
 
 def _config_documents(
-    source: Checkpoint, to: Kind, dtype: Dtype | None, names: list[str]
+    source: Checkpoint, to: Kind, dtype: Dtype | None
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, Any]]:
     """The config files of the target, and the documents that its manifest keeps for the way back."""
     config, settings = source.config, source.adapter
     kept: dict[str, Any] = {layout: _with_dtype(document, dtype) for layout, document in config.extra.items()}
     if settings is not None and to == "hf":
-        modules = [name.removeprefix(PEFT_PREFIX).rsplit(".", 2)[0] for name in names]
-        document = peft_document(settings, modules, wrapped=config.vision is not None, kept=config.extra.get("peft"))
+        document = peft_document(
+            settings,
+            {module: (rank, settings.scaling_of(module)) for module, rank in source.adapter_ranks().items()},
+            n_layers=config.n_layers,
+            wrapped=config.vision is not None,
+            kept=config.extra.get("peft"),
+        )
         kept.setdefault("mistral", params_from_config(config))
         return {PEFT_CONFIG: document}, kept
     layout = source_layout(source) if to == "orbax" else _layout(to)

@@ -171,6 +171,9 @@ def test_without_its_base_an_adapter_asks_for_it(tmp_path):
         {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}, {"fan_in_fan_out": True}, {"r": 0},
         {"target_parameters": ["x"]}, {"use_qalora": True}, {"trainable_token_indices": [1]}, {"peft_type": "IA3"},
         {"layer_replication": [[0, 1]]}, {"lora_alpha": "8"}, {"lora_dropout": -1}, {"lora_alpha": float("nan")},
+        {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "new"}, {"rank_pattern": {"(": 4}},
+        {"rank_pattern": {"(a+)+q_proj": 4}}, {"rank_pattern": [4]}, {"alpha_pattern": {"x": 0}},
+        {"alpha_pattern": {"x" * 999: 1}}, {"rank_pattern": {f"x{i}": 4 for i in range(5000)}},
     ],
 )  # fmt: skip
 def test_more_than_plain_lora_is_refused_in_one_line(tmp_path, changes):
@@ -200,7 +203,7 @@ def damaged(weights: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
         "half missing": {name: values for name, values in weights.items() if name != a},
         "wrong in": weights | {a: weights[a][:, :-1].copy()},
         "wrong out": weights | {b: weights[b][:-2].copy()},
-        "two ranks": weights | {a: weights[a][:2].copy(), b: weights[b][:, :2].copy()},
+        "no rank": weights | {a: weights[a][:0].copy(), b: weights[b][:, :0].copy()},
         "ranks apart": weights | {b: weights[b][:, :2].copy()},
         "no such layer": weights | {"layers.9.attention.wq.lora_A.weight": weights[a]},
         "no matrix": weights | {a: weights[a].reshape(-1)},
@@ -220,6 +223,30 @@ def test_damaged_adapters_are_refused_in_one_line(tmp_path, what):
     assert str(caught.value).startswith(str(tmp_path / "a" / LORA)), caught.value
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "p").exists()
+
+
+def test_modules_of_another_rank_or_factor_get_patterns_in_peft_and_the_mistral_layout_has_one_factor(tmp_path):
+    config = tiny_config("mistral")
+    weights = write_mistral_adapter(tmp_path / "a", config)
+    a, b = "layers.0.attention.wq.lora_A.weight", "layers.0.attention.wq.lora_B.weight"
+    small = load_file(tmp_path / "a" / LORA)
+    small |= {a: weights[a][:2].copy(), b: small[b][:, :2].copy()}
+    save_file(small, tmp_path / "a" / LORA)
+    convert(tmp_path / "a", tmp_path / "p", to="hf", verify=True)
+    path = tmp_path / "p" / "adapter_config.json"
+    document = json.loads(path.read_text())
+    module = "model.layers.0.self_attn.q_proj"
+    assert (document["r"], document["lora_alpha"]) == (RANK, 2 * RANK)
+    assert (document["rank_pattern"], document["alpha_pattern"]) == ({module: 2}, {module: 4})
+    convert(tmp_path / "p", tmp_path / "m", to="mistral", verify=True)
+    again = load_file(tmp_path / "m" / LORA)
+    assert all(np.array_equal(again[name], values) for name, values in small.items())
+    path.write_text(json.dumps({**document, "alpha_pattern": {r"layers\.0\..*q_proj": 5}}))
+    with pytest.raises(
+        MinistralError, match=r"factors from 2 to 2\.5, the mistral layout one for all; expected --to hf"
+    ):
+        convert(tmp_path / "p", tmp_path / "n", to="mistral")
+    convert(tmp_path / "p", tmp_path / "q", to="hf", verify=True)
 
 
 def test_orbax_has_no_form_for_adapters(tmp_path):
