@@ -50,4 +50,5 @@ class PageTables:
 def bytes_per_page(cache: PagedCache, group: int) -> int:
     """Bytes that one page number of a group stands for: keys and values of all the group's layers."""
     layers = [i for i, g in enumerate(cache.group_of_layer) if g == group]
-    return sum((cache.keys[i].nbytes + cache.values[i].nbytes) // cache.keys[i].shape[0] for i in layers)
+    pools = [pool for i in layers for pool in (cache.keys[i], cache.values[i]) if pool is not None]
+    return sum(pool.nbytes // pool.shape[0] for pool in pools)

@@ -25,6 +25,7 @@ from .errors import ShardingError
 from .sharding.layout import Layout
 
 KEYS = ("act_kv_heads", None)
+LATENTS = (None, None)  # one key for all heads, on every device that has any of them
 QUERIES = ("act_heads", None)
 
 
@@ -44,7 +45,8 @@ def causal_attend(
 ) -> Attend[None]:
     """Attention of whole sequences to themselves, windowed as each layer says."""
 
-    def attend(layer: int, q: Array, k: Array, v: Array, memory: None) -> tuple[Array, None]:
+    def attend(layer: int, q: Array, k: Array, v: Array | None, memory: None) -> tuple[Array, None]:
+        assert v is not None, "latents are attended to through a cache"
         window = config.windows[layer]
         if layout is None:
             out = flash_attention(q, k, v, window=window, segment_ids=segment_ids, implementation=implementation)
@@ -99,19 +101,27 @@ def paged_attend(
     implementation: PagedImplementation,
     layout: Layout | None,
 ) -> Attend[PagedCache]:
-    """Attention of packed new tokens through the cache, which they are written to first."""
+    """Attention of packed new tokens through the cache, which they are written to first.
+
+    With latent attention k is what the cache keeps, `v` None, and q the queries that meet it (see latent_attention).
+    """
+    options: dict[str, Any] = {"implementation": implementation}
+    if config.latent:
+        options |= {"value_width": config.latent.kv_rank, "scale": config.head_dim**-0.5}
     if layout is None:
         slots = batch.slots(cache.pages_by_group, cache.page_size, n_tokens)
     else:
         slots = _slots_on_mesh(batch, cache, n_tokens, layout)
 
-    def attend(layer: int, q: Array, k: Array, v: Array, memory: PagedCache) -> tuple[Array, PagedCache]:
+    def attend(layer: int, q: Array, k: Array, v: Array | None, memory: PagedCache) -> tuple[Array, PagedCache]:
         group = memory.group_of_layer[layer]
 
-        def local(q: Array, k: Array, v: Array, k_pages: Array, v_pages: Array, slots: Array, *where: Array) -> Any:
-            k_pages, v_pages = write_pages(k_pages, k, slots), write_pages(v_pages, v, slots)
-            window = config.windows[layer]
-            out = paged_attention(q, k_pages, v_pages, *where, window=window, implementation=implementation)
+        def local(
+            q: Array, k: Array, v: Array | None, k_pages: Array, v_pages: Array | None, slots: Array, *where: Array
+        ) -> Any:
+            k_pages = write_pages(k_pages, k, slots)
+            v_pages = None if v is None or v_pages is None else write_pages(v_pages, v, slots)
+            out = paged_attention(q, k_pages, v_pages, *where, window=config.windows[layer], **options)
             return out, k_pages, v_pages
 
         pools, table = (memory.keys[layer], memory.values[layer]), batch.page_tables[group]
@@ -119,18 +129,20 @@ def paged_attend(
         if layout is None:
             out, *pools = local(q, k, v, *pools, *where)
         else:
-            out, *pools = _paged_on_mesh(local, layout)(
-                q, repeat_heads(k, layout), repeat_heads(v, layout), *pools, *where
-            )
+            if v is not None:
+                k, v = repeat_heads(k, layout), repeat_heads(v, layout)
+            out, *pools = _paged_on_mesh(local, layout, LATENTS if v is None else KEYS)(q, k, v, *pools, *where)
         return out, memory.with_layer(layer, *pools)
 
     return attend
 
 
-def _paged_on_mesh(local: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
-    """`local` on every device's own sequences, pages and heads."""
-    queries, keys = layout.spec(("rows", *QUERIES)), layout.spec(("rows", *KEYS))
-    pages, rows = layout.spec(("pages", None, *KEYS)), layout.spec(("rows",))
+def _paged_on_mesh(
+    local: Callable[..., Any], layout: Layout, entry: tuple[str | None, str | None]
+) -> Callable[..., Any]:
+    """`local` on every device's own sequences, pages and heads; `entry` are the axes of what is kept of one token."""
+    queries, keys = layout.spec(("rows", *QUERIES)), layout.spec(("rows", *entry))
+    pages, rows = layout.spec(("pages", None, *entry)), layout.spec(("rows",))
     return jax.shard_map(
         local,
         mesh=layout.mesh,

@@ -18,16 +18,19 @@ Memory = TypeVar("Memory")
 
 @runtime_checkable
 class Attend(Protocol[Memory]):
-    """How queries meet keys: over the sequence at hand, or through a cache that is handed on as `memory`."""
+    """How queries meet keys: over the sequence at hand, or through a cache that is handed on as `memory`.
+
+    `v` None means that the values are the first columns of the keys, as a cache of latents has them.
+    """
 
     def __call__(
         self,
         layer: int,
         q: Float[Array, "*T N H"],
         k: Float[Array, "*T K H"],
-        v: Float[Array, "*T K H"],
+        v: Float[Array, "*T K Hv"] | None,
         memory: Memory,
-    ) -> tuple[Float[Array, "*T N H"], Memory]: ...
+    ) -> tuple[Float[Array, "*T N Hv"], Memory]: ...
 
 
 class Rotation(NamedTuple):
@@ -39,7 +42,8 @@ class Rotation(NamedTuple):
 
     @staticmethod
     def at(positions: Int[Array, "*T"], config: ModelConfig) -> Rotation:
-        cos, sin = rotation(positions, config.rope, config.head_dim)
+        turned = config.latent.rope_head_dim if config.latent else config.head_dim
+        cos, sin = rotation(positions, config.rope, turned)
         scale = None if config.temperature is None else attention_temperature(positions, config.temperature)
         return Rotation(cos, sin, scale)
 

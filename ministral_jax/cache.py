@@ -24,10 +24,10 @@ from .config import ModelConfig, Window
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["group_of_layer"])
 @dataclass(frozen=True)
 class PagedCache:
-    """Pools of pages, one pair per layer."""
+    """Pools of pages, one pair per layer; with latent attention one alone, of what keys and values are made from."""
 
     keys: tuple[Float[Array, "_ page K H"], ...]
-    values: tuple[Float[Array, "_ page K H"], ...]
+    values: tuple[Float[Array, "_ page K H"] | None, ...]
     group_of_layer: tuple[int, ...]
 
     @property
@@ -37,7 +37,7 @@ class PagedCache:
     @property
     def n_bytes(self) -> int:
         """Bytes of all pools as allocated."""
-        return sum(pool.nbytes for pool in (*self.keys, *self.values))
+        return sum(pool.nbytes for pool in (*self.keys, *self.values) if pool is not None)
 
     @property
     def pages_by_group(self) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ class PagedCache:
         groups = range(max(self.group_of_layer) + 1)
         return tuple(self.keys[self.group_of_layer.index(group)].shape[0] for group in groups)
 
-    def with_layer(self, layer: int, k_pages: Array, v_pages: Array) -> PagedCache:
+    def with_layer(self, layer: int, k_pages: Array, v_pages: Array | None) -> PagedCache:
         """The cache with one layer's pools replaced."""
         return dataclasses.replace(
             self,
@@ -123,11 +123,18 @@ def pages_held(length: int, window: Window, chunk: int, page_size: int) -> int:
     return min(all_pages, (run + page_size - 2) // page_size + 1)
 
 
+def cached_numbers(config: ModelConfig) -> int:
+    """Numbers that one layer keeps of one token: a latent and the rotated key, or a key and a value of each head."""
+    if config.latent:
+        return config.latent.kv_rank + config.latent.rope_head_dim
+    return 2 * config.n_kv_heads * config.head_dim
+
+
 def plan_cache(
     config: ModelConfig, *, batch: int, length: int, chunk: int, page_size: int, dtype: jnp.dtype
 ) -> CachePlan:
     """The plan for `batch` sequences of up to `length` tokens; one null page is added to every pool."""
-    page_bytes = 2 * page_size * config.n_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    page_bytes = page_size * cached_numbers(config) * jnp.dtype(dtype).itemsize
     groups = []
     for window, layers in config.window_groups:
         held = pages_held(length, window, chunk, page_size)
@@ -142,11 +149,10 @@ def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype) -> Pa
     for i, group in enumerate(plan.groups):
         for layer in group.layers:
             group_of_layer[layer] = i
-    shapes = [
-        (plan.groups[group].pages, plan.page_size, config.n_kv_heads, config.head_dim) for group in group_of_layer
-    ]
+    entry = (1, cached_numbers(config)) if config.latent else (config.n_kv_heads, config.head_dim)
+    shapes = [(plan.groups[group].pages, plan.page_size, *entry) for group in group_of_layer]
     return PagedCache(
         keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
-        values=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+        values=tuple(None if config.latent else jnp.zeros(shape, dtype) for shape in shapes),
         group_of_layer=tuple(group_of_layer),
     )

@@ -72,6 +72,14 @@ class Linear(nnx.Module):
         assert self.stored is not None, "this projection is dense"
         return self.stored.weight({name: getattr(self, name)[...] for name in self.stored.parts(*self.shape)})
 
+    def matrix(self, dtype: DTypeLike) -> Float[Array, "O I"]:
+        """What the projection multiplies by, whole and dense, any adapter included."""
+        weight = self.weight[...] if self.stored is None else self.quantized_weight().dequantize(dtype)
+        if self.adapter is None:
+            return weight.astype(dtype)
+        change = jnp.einsum("RI,OR->OI", self.lora_a[...], self.lora_b[...])
+        return (weight.astype(jnp.float32) + self.adapter.scale * change).astype(dtype)
+
     def __call__(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         product = self._product(x)
         if self.adapter is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .cache import pages_held
+from .cache import cached_numbers, pages_held
 from .config import LatentAttentionConfig, ModelConfig, MoEConfig, VisionConfig, Window
 from .errors import RequestError
 
@@ -151,7 +151,7 @@ def plan_memory(
     for name, value in (("length", length), ("batch", batch), ("chunk", chunk), ("page_size", page_size)):
         if value < 1:
             raise RequestError(f"{name}={value}: expected a positive number")
-    token_bytes = _cached_numbers(config) * jnp.dtype(cache_dtype).itemsize
+    token_bytes = cached_numbers(config) * jnp.dtype(cache_dtype).itemsize
 
     def group(window: Window, layers: tuple[int, ...]) -> GroupMemory:
         held = pages_held(length, window, chunk, page_size)
@@ -170,13 +170,6 @@ def plan_memory(
         groups=tuple(group(window, layers) for window, layers in config.window_groups),
         full_cache_bytes=group(None, tuple(range(config.n_layers))).n_bytes,
     )
-
-
-def _cached_numbers(config: ModelConfig) -> int:
-    """Numbers that one layer keeps of one token."""
-    if config.latent:
-        return config.latent.kv_rank + config.latent.rope_head_dim
-    return 2 * config.n_kv_heads * config.head_dim
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:

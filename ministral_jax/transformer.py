@@ -19,8 +19,9 @@ from .attend import causal_attend, packed_positions, paged_attend, sequence_axes
 from .attention import Attend, Attention, Memory, Rotation
 from .cache import PagedBatch, PagedCache
 from .config import ModelConfig
-from .errors import NotYetError
 from .feed_forward import FeedForward
+from .latent_attention import LatentAttention
+from .moe import MoE
 from .norm import RMSNorm
 from .parameters import ParameterSpec
 from .sharding.collectives import gathered, lookup
@@ -28,13 +29,16 @@ from .sharding.layout import Layout
 
 
 class Block(nnx.Module):
-    """`h = x + attention(norm(x)); y = h + feed_forward(norm(h))`."""
+    """`h = x + attention(norm(x)); y = h + feed_forward(norm(h))`, of the kinds that layer number `layer` has."""
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, layer: int, layout: Layout | None = None) -> None:
+        has_experts = config.moe is not None and layer >= config.moe.first_dense_layers
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.attention = Attention(config, dtype)
+        self.attention = LatentAttention(config, dtype) if config.latent else Attention(config, dtype)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.feed_forward = FeedForward(config.dim, config.hidden_dim, dtype)
+        self.feed_forward = (
+            MoE(config, dtype, layout) if has_experts else FeedForward(config.dim, config.hidden_dim, dtype)
+        )
 
     def __call__(
         self, x: Float[Array, "*T D"], rotation: Rotation, layer: int, attend: Attend[Memory], memory: Memory
@@ -75,14 +79,13 @@ class Transformer(nnx.Module):
         attention: Implementation = "auto",
         layout: Layout | None = None,
     ) -> None:
-        refuse_missing_layers(config)
         self.config = config
         self.layout = layout
         self.attention_implementation: Implementation = attention
         # cuDNN has no paged counterpart here: the choice is left to paged_attention.
         self.paged_implementation: PagedImplementation = "auto" if attention == "cudnn" else attention
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, dtype)
-        self.layers = nnx.List([Block(config, dtype) for _ in range(config.n_layers)])
+        self.layers = nnx.List([Block(config, dtype, layer, layout) for layer in range(config.n_layers)])
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.output = None if config.tied_embeddings else Embedding(config.vocab_size, config.dim, dtype)
 
@@ -141,11 +144,3 @@ class Transformer(nnx.Module):
             if layout is not None:
                 x = layout.constrain(x, *axes, "act_embed")
         return self.norm(x), memory
-
-
-def refuse_missing_layers(config: ModelConfig) -> None:
-    """Raises NotYetError for a decoder that we recognise but cannot compute."""
-    if config.latent is not None:
-        raise NotYetError("this model has latent attention, whose layers are not built yet")
-    if config.moe is not None:
-        raise NotYetError("this model is a mixture of experts, whose layers are not built yet")

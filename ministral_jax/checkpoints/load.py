@@ -23,7 +23,7 @@ from ..linear import projections
 from ..parameters import ParameterSpec, fill, parameter_specs
 from ..row_order import half_split_rows
 from ..stacked import LAYERS, StackedTransformer
-from ..transformer import Transformer, refuse_missing_layers
+from ..transformer import Transformer
 from .hub import resolve
 from .json_pieces import shown
 from .layouts import EMBEDDINGS, HEAD, ReadPlan, Source, plan_reading
@@ -115,7 +115,6 @@ def load_model(
     folder = Path(directory)
     layout = detect_layout(folder)
     config = read_config(folder, windows=windows)
-    refuse_missing_layers(config)  # before any file is opened
     with WeightFiles(folder, layout) as files:
         plan = match_tensors(files, config, activations)
         if plan.unread:

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ministral_jax.attention import attention_temperature
-from ministral_jax.config import ModelConfig, MoEConfig, RopeConfig, TemperatureConfig, Window, YarnConfig
-from ministral_jax.errors import NotYetError
+from ministral_jax.config import ModelConfig, RopeConfig, TemperatureConfig, Window, YarnConfig
 from ministral_jax.parameters import initialize, parameters
 from ministral_jax.transformer import Transformer
 
@@ -184,10 +183,3 @@ def test_a_part_of_the_config_matters_from_where_it_begins(changes: dict[str, An
     moved = np.abs(plain - other).max(axis=1)
     assert np.all(moved[begins:] > 1e-4)
     assert np.all(moved[:begins] <= CLOSE * np.ptp(plain))
-
-
-def test_layers_that_are_not_built_yet_are_refused_by_name() -> None:
-    with pytest.raises(NotYetError, match="mixture of experts"):
-        Transformer(
-            dataclasses.replace(config(None), moe=MoEConfig(n_experts=4, experts_per_token=2, expert_hidden_dim=8))
-        )
