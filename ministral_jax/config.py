@@ -176,6 +176,12 @@ class VisionConfig:
             self.dim,
             f"a multiple of its {self.n_heads} heads",
         )
+        _require(
+            self.head_dim % 2 == 0,
+            "vision hidden size",
+            self.dim,
+            f"an even number for each of its {self.n_heads} heads, since RoPE turns pairs",
+        )
         if self.spatial_merge_size != 1 and not self.patch_merge:
             raise ConfigError(
                 f"spatial_merge_size={self.spatial_merge_size} without patch_merge: expected 1, nothing merges patches"

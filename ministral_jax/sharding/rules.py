@@ -18,8 +18,11 @@ from ..errors import ShardingError
 MESH_AXES: tuple[str, ...] = ("data", "fsdp", "context", "expert", "tensor")
 
 # Of weights: "embed" is the model's width, "heads", "kv_heads", "hidden" and "vocab" are rows that a device computes
-# alone. "norm", "rank" and "layers" are never split.
-WEIGHT_AXES = ("vocab", "embed", "heads", "kv_heads", "hidden", "expert", "expert_embed", "norm", "rank", "layers")
+# alone. "norm", "rank", "layers" and all of "vision" are never split.
+WEIGHT_AXES = (
+    *("vocab", "embed", "heads", "kv_heads", "hidden", "expert", "expert_embed"),
+    *("norm", "rank", "layers", "vision"),
+)
 # Of activations: "batch" x "sequence" of whole sequences, "rows" of packed tokens, "pages" of a cache.
 ACTIVATION_AXES = (
     "batch",
