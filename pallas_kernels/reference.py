@@ -5,6 +5,8 @@ Nothing here is meant to be fast: scores of every query against every key are he
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
@@ -60,6 +62,39 @@ def flash_attention_reference(
         mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
     out, lse = masked_softmax_attention(q, k, v, jnp.broadcast_to(mask, (B, T, S)), scale)
     return out.astype(q.dtype), lse
+
+
+def flash_gradients_reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    d_out: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
+    *,
+    window: int | None,
+    query_segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """`flash_attention_gradients` by definition, in float32: what these keys add to each gradient."""
+    (B, T, N, H), K = q.shape, k.shape[2]
+    positions = query_offset + jnp.arange(T, dtype=jnp.int32)
+    mask = visible(positions[:, None], jnp.arange(k.shape[1], dtype=jnp.int32)[None, :], window)[None]  # [1, T, S]
+    if query_segments is not None and key_segments is not None:
+        mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    keys, values = k.astype(jnp.float32), v.astype(jnp.float32)
+    queries, d_mixed = (x.astype(jnp.float32).reshape(B, T, K, N // K, -1) for x in (q, d_out))
+    lse, delta = (x.reshape(B, T, K, N // K).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))  # [B, K, G, T, 1]
+    scores = product("BTKGH,BSKH->BKGTS", queries, keys) * scale
+    weights = jnp.where(mask[:, None, None], jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)), 0.0)
+    d_scores = weights * (product("BTKGH,BSKH->BKGTS", d_mixed, values) - delta) * scale
+    dq = product("BKGTS,BSKH->BTKGH", d_scores, keys).reshape(B, T, N, H)
+    dk = product("BKGTS,BTKGH->BSKH", d_scores, queries)
+    dv = product("BKGTS,BTKGH->BSKH", weights, d_mixed)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def token_positions(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from ..xla.flash import flash_attention_xla
+from ..xla.flash import flash_attention_xla, flash_gradients_xla
 from .extent import Extent
 from .tiles import TILE, TILES, Pipeline, Tiles
 
 OLDEST_JAX = (0, 11)
 DTYPES = ("bfloat16", "float16")
 LOG2_E = 1.4426950408889634
+Results = TypeVar("Results")
 UNSEEN = 1e30  # stands for the log-sum-exp of a row that sees nothing: every weight recomputed from it is 0
 
 
@@ -77,10 +79,7 @@ def flash_attention_gpu(
 
     Raises ValueError for what `unsupported` names.
     """
-    reason = unsupported(tuple(x.dtype.name for x in (q, k, v)), (q.shape[-1], v.shape[-1]))
-    widths = kernel_widths(q.shape[-1], v.shape[-1])
-    if reason is not None or widths is None:
-        raise ValueError(f"implementation='pallas_gpu': {reason}")
+    widths = _checked_widths(q, k, v)
     (B, T, N, _), S, Hv = q.shape, k.shape[1], v.shape[-1]
     if not T or not S:
         return jnp.zeros((B, T, N, Hv), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
@@ -88,10 +87,7 @@ def flash_attention_gpu(
     offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
 
     def by_kernels(segments: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
-        signed = q if scale > 0 else q * np.sign(scale).astype(q.dtype)  # the kernels count on a positive scale
-        width, value_width = widths
-        operands = _pad(signed, 3, width), _pad(k, 3, width), _pad(v, 3, value_width)
-        results: Any = _attend(plan, *operands, offset, segments)
+        results: Any = _attend(plan, *_widened(widths, _signed(q, scale), k, v), offset, segments)
         return results[0][..., :Hv], results[1]
 
     def by_xla() -> tuple[Array, Array]:
@@ -106,6 +102,80 @@ def flash_attention_gpu(
             scale=scale,
         )
 
+    return _where_unbroken(query_segments, key_segments, by_kernels, by_xla)
+
+
+def flash_gradients_gpu(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    d_out: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
+    *,
+    window: int | None,
+    query_segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """As `flash_gradients_reference`, by the backward kernels. T and S are at least 1.
+
+    Raises ValueError for what `unsupported` names.
+    """
+    widths = _checked_widths(q, k, v)
+    (T, H), (S, Hv) = q.shape[1::2], v.shape[1::2]
+    plan = Plan(Extent(window, T, S), abs(scale) or 1.0, TILES[widths], interpreter(interpret))
+    offset = jnp.asarray(query_offset, jnp.int32).reshape(1)
+
+    def by_kernels(segments: tuple[Array, Array] | None = None) -> tuple[Array, Array, Array]:
+        operands = _widened(widths, _signed(q, scale), k, v)
+        dq, dk, dv = backward(plan, *operands, offset, segments, _pad(d_out, 3, widths[1]), lse, delta)
+        return _signed(dq[..., :H], scale), dk[..., :H], dv[..., :Hv]
+
+    def by_xla() -> tuple[Array, Array, Array]:
+        return flash_gradients_xla(
+            q,
+            k,
+            v,
+            d_out,
+            lse,
+            delta,
+            window=window,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            query_offset=query_offset,
+            scale=scale,
+        )
+
+    return _where_unbroken(query_segments, key_segments, by_kernels, by_xla)
+
+
+def _checked_widths(q: Array, k: Array, v: Array) -> tuple[int, int]:
+    reason = unsupported(tuple(x.dtype.name for x in (q, k, v)), (q.shape[-1], v.shape[-1]))
+    widths = kernel_widths(q.shape[-1], v.shape[-1])
+    if reason is not None or widths is None:
+        raise ValueError(f"implementation='pallas_gpu': {reason}")
+    return widths
+
+
+def _signed(x: Array, scale: float) -> Array:
+    """The kernels count on a positive scale: its sign goes to the queries, and to their gradient."""
+    return x if scale > 0 else x * np.sign(scale).astype(x.dtype)
+
+
+def _widened(widths: tuple[int, int], q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    return _pad(q, 3, widths[0]), _pad(k, 3, widths[0]), _pad(v, 3, widths[1])
+
+
+def _where_unbroken(
+    query_segments: Array | None,
+    key_segments: Array | None,
+    by_kernels: Callable[..., Results],
+    by_xla: Callable[[], Results],
+) -> Results:
+    """By the kernels, unless a segment's id returns after another one."""
     if query_segments is None or key_segments is None:
         return by_kernels()
 
@@ -167,9 +237,10 @@ def _forward_with_residuals(
 def _backward(plan: Plan, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
     q, k, v, offset, segments, out, lse = residuals
     d_out, d_lse = cotangents
-    dq, dk, dv = backward(plan, q, k, v, offset, segments, out, lse, d_out, d_lse)
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (offset, segments))
-    return dq, dk, dv, *no_gradient
+    # dS = P * (dP - sum(dO * O) + dLSE): the last two are one number per row.
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
+    gradients = backward(plan, q, k, v, offset, segments, d_out, lse, delta)
+    return *gradients, *jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (offset, segments))
 
 
 _attend.defvjp(_forward_with_residuals, _backward)
@@ -182,18 +253,15 @@ def backward(
     v: Float[Array, "B S K Hv"],
     offset: Int[Array, "1"],
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
-    out: Float[Array, "B T N Hv"],
-    lse: Float[Array, "B T N"],
     d_out: Float[Array, "B T N Hv"],
-    d_lse: Float[Array, "B T N"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-    """The gradients of q, k and v by the kernels, given both results of the forward pass and their gradients."""
+    """The gradients of q, k and v by the kernels, given the log-sum-exp and `sum(dO * O) - dLSE` of every row."""
     from .flash_backward_key import flash_backward_key
     from .flash_backward_query import Operands, flash_backward_query
     from .spans import key_spans, query_spans
 
-    # dS = P * (dP - sum(dO * O) + dLSE): the last two are one number per row.
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
     base_2 = jnp.where(jnp.isfinite(lse), lse * LOG2_E, UNSEEN)
     q, k, v = _pad(q, 1, TILE), _pad(k, 1, TILE), _pad(v, 1, TILE)
     d_out = _pad(d_out.astype(q.dtype), 1, TILE)

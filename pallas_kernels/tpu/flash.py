@@ -62,20 +62,61 @@ def flash_attention_tpu(
     Raises ValueError for a dtype that is neither bfloat16 nor float32, and for blocks that do not fit the chip.
     """
     (B, T, N, _), S = q.shape, k.shape[1]
+    _check_dtypes(q, k, v)
+    if not T or not S:
+        return jnp.zeros((B, T, N, v.shape[-1]), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+    settings = _settings(q, window, query_offset, scale, interpret, block_sizes)
+    positions = Positions(jnp.asarray(query_offset, jnp.int32), query_segments, key_segments)
+    return _flash(settings, q, k, v, positions)
+
+
+def flash_gradients_tpu(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    d_out: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
+    *,
+    window: int | None,
+    query_segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    scale: float,
+    interpret: bool | pltpu.InterpretParams = False,
+    block_sizes: KernelBlocks | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """As `flash_gradients_reference`, by the two backward kernels. T and S are at least 1.
+
+    Raises ValueError as `flash_attention_tpu` does.
+    """
+    _check_dtypes(q, k, v)
+    settings = _settings(q, window, query_offset, scale, interpret, block_sizes)
+    positions = Positions(jnp.asarray(query_offset, jnp.int32), query_segments, key_segments)
+    return _gradients(settings, q, k, v, positions, d_out, lse, delta)
+
+
+def _check_dtypes(q: Array, k: Array, v: Array) -> None:
     for name, array in {"q": q, "k": k, "v": v}.items():
         if array.dtype not in DTYPES or array.dtype != q.dtype:
             raise ValueError(f"{name} is {array.dtype}: the TPU kernel takes bfloat16 or float32, the same for q, k, v")
-    if not T or not S:
-        return jnp.zeros((B, T, N, v.shape[-1]), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
-    settings = Settings(
+
+
+def _settings(
+    q: Array,
+    window: int | None,
+    query_offset: Array | int,
+    scale: float,
+    interpret: bool | pltpu.InterpretParams,
+    block_sizes: KernelBlocks | None,
+) -> Settings:
+    return Settings(
         window,
         scale,
         int(query_offset) if isinstance(query_offset, int | np.integer) else None,
         default_block_sizes(generation(), q.dtype) if block_sizes is None else block_sizes,
         interpret,
     )
-    positions = Positions(jnp.asarray(query_offset, jnp.int32), query_segments, key_segments)
-    return _flash(settings, q, k, v, positions)
 
 
 class Plan(NamedTuple):
@@ -154,6 +195,13 @@ def _backward(
     q, k, v, positions, out, lse = residuals
     d_out, d_lse = cotangents
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, T, N]
+    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), positions)
+    return *_gradients(settings, q, k, v, positions, d_out, lse, delta), no_gradient
+
+
+def _gradients(
+    settings: Settings, q: Array, k: Array, v: Array, positions: Positions, d_out: Array, lse: Array, delta: Array
+) -> tuple[Array, Array, Array]:
     lse_2 = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2_E
 
     def operands(call: Call) -> Operands:
@@ -173,8 +221,7 @@ def _backward(
     call, scalars, segments = _plan(settings, "dkv", positions, q, k, v)
     dk, dv = dkv_call(call, scalars, operands(call), segments)
     dk, dv = (x[:, :, : k.shape[1]].transpose(0, 2, 1, 3) for x in (dk, dv))
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), positions)
-    return dq, dk, dv, no_gradient
+    return dq, dk, dv
 
 
 _flash.defvjp(_forward_with_residuals, _backward)

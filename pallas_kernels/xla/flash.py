@@ -52,23 +52,72 @@ def flash_attention_xla(
     scale: float,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """As `flash_attention_reference`, block by block. Differentiable in q, k, v, through both results."""
-    (B, T, N, _), (S, K) = q.shape, k.shape[1:3]
+    (B, T, N, _), S = q.shape, k.shape[1]
     if not T or not S:
         return jnp.zeros((B, T, N, v.shape[-1]), q.dtype), jnp.full((B, T, N), -jnp.inf, jnp.float32)
+    shape, positions = _blocks(q, k, window, query_segments, key_segments, query_offset, scale)
+    keys, values = _heads_first(k, shape.key_block), _heads_first(v, shape.key_block)  # [B, K, S, H]
+    both: tuple[Array, Array] = cast(Any, _blockwise)(shape, _grouped(q, k, shape), keys, values, positions)
+    out, lse = both
+    return _ungrouped(out, q), _ungrouped(lse[..., None], q)[..., 0]
+
+
+def flash_gradients_xla(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    d_out: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B T N"],
+    delta: Float[Array, "B T N"],
+    *,
+    window: int | None,
+    query_segments: Int[Array, "B T"] | None,
+    key_segments: Int[Array, "B S"] | None,
+    query_offset: Int[Array, ""] | int,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """As `flash_gradients_reference`, block by block. T and S are at least 1."""
+    shape, positions = _blocks(q, k, window, query_segments, key_segments, query_offset, scale)
+    keys, values = _heads_first(k, shape.key_block), _heads_first(v, shape.key_block)
+    rows = (_grouped(x[..., None], k, shape)[..., 0] for x in (lse, delta))  # [B, K, G, T]
+    dq, dk, dv = _gradients(shape, _grouped(q, k, shape), keys, values, positions, _grouped(d_out, k, shape), *rows)
+    dk, dv = (x[:, :, : k.shape[1]].transpose(0, 2, 1, 3) for x in (dk, dv))
+    return _ungrouped(dq, q), dk, dv
+
+
+def _blocks(
+    q: Array,
+    k: Array,
+    window: int | None,
+    query_segments: Array | None,
+    key_segments: Array | None,
+    query_offset: Array | int,
+    scale: float,
+) -> tuple[Shape, Positions]:
+    (B, T), S = q.shape[:2], k.shape[1]
     shape = Shape(window, scale, min(QUERY_BLOCK, T), min(KEY_BLOCK, S), T, S)
     positions = Positions(
         jnp.asarray(query_offset, jnp.int32),
         _pad(_or_zeros(query_segments, (B, T)), 1, shape.query_block),
         _pad(_or_zeros(key_segments, (B, S)), 1, shape.key_block),
     )
+    return shape, positions
+
+
+def _grouped(x: Float[Array, "B T N H"], k: Float[Array, "B S K Hk"], shape: Shape) -> Float[Array, "B K G Tp H"]:
     # Heads in front: each product below is then one batched matrix product per key head, [G * block, H] x [H, block].
-    queries = _pad(q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4), 3, shape.query_block)  # [B, K, G, T, H]
-    keys = _pad(k.transpose(0, 2, 1, 3), 2, shape.key_block)  # [B, K, S, H]
-    values = _pad(v.transpose(0, 2, 1, 3), 2, shape.key_block)
-    both: tuple[Array, Array] = cast(Any, _blockwise)(shape, queries, keys, values, positions)
-    out, lse = both
-    out = out[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
-    return out, lse[:, :, :, :T].transpose(0, 3, 1, 2).reshape(B, T, N)
+    B, T, N, H = x.shape
+    K = k.shape[2]
+    return _pad(x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), 3, shape.query_block)
+
+
+def _ungrouped(x: Float[Array, "B K G Tp H"], q: Float[Array, "B T N Hq"]) -> Float[Array, "B T N H"]:
+    B, T, N, _ = q.shape
+    return x[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+
+
+def _heads_first(x: Float[Array, "B S K H"], block: int) -> Float[Array, "B K Sp H"]:
+    return _pad(x.transpose(0, 2, 1, 3), 2, block)
 
 
 def _or_zeros(segments: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Int[Array, "B T"]:
@@ -165,6 +214,14 @@ def _backward(shape: Shape, residuals: tuple, cotangents: tuple[Array, Array]) -
     d_out, d_lse = cotangents
     # dS = P * (dP - sum(dO * O) + dLSE): the last two are one number per row.
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse  # [B, K, G, T]
+    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), positions)
+    return *_gradients(shape, q, k, v, positions, d_out, lse, delta), no_gradient
+
+
+def _gradients(
+    shape: Shape, q: Array, k: Array, v: Array, positions: Positions, d_out: Array, lse: Array, delta: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of the padded queries [B, K, G, T, H], keys and values [B, K, S, H]."""
     finite_lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
 
     def one_query_block(carry: tuple[Array, Array], q_start: Array) -> tuple[tuple[Array, Array], Array]:
@@ -195,8 +252,7 @@ def _backward(shape: Shape, residuals: tuple, cotangents: tuple[Array, Array]) -
     sums = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
     (dk, dv), dq_blocks = jax.lax.scan(one_query_block, sums, starts)
     dq = jnp.moveaxis(dq_blocks, 0, 3).reshape(q.shape)
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), positions)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), no_gradient
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _add_at(total: Array, block: Array, start: Array) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import flash_attention_gradients
 from pallas_kernels.reference import flash_attention_reference
 
 from .race_records import Detectors, of_gpu_kernels
@@ -163,6 +164,33 @@ def test_an_offset_known_only_when_the_call_runs_gives_the_same() -> None:
         lambda offset: flash_attention_gpu(q, k, v, **(settings | {"query_offset": offset}), interpret=True)
     )(jnp.int32(128))
     assert relative_error(got, wanted) < 0.01
+
+
+@pytest.mark.parametrize("ids", [None, (2, 5, 5), (2, 5, 2)], ids=["no ids", "unbroken ids", "an id that returns"])
+def test_gradients_over_halves_of_the_keys_add_up(ids: tuple[int, ...] | None) -> None:
+    case = Case(96, 96, N=2, K=1, H=80, Hv=72, scale=-0.2)
+    q, k, v, d_out, _ = case.arrays()
+    ids_of = None if ids is None else jnp.repeat(jnp.asarray([ids], jnp.int32), 32, axis=1)
+    settings = {**case.settings(), "query_segments": ids_of, "key_segments": ids_of}
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    (out, lse), pull = jax.vjp(lambda *a: flash_attention_reference(*a, **settings), *wide)
+    exact = pull((d_out.astype(jnp.float32), jnp.zeros_like(lse)))
+    delta = (d_out.astype(jnp.float32) * out).sum(-1)
+    parts = [
+        flash_attention_gradients(
+            *(q, k[:, half], v[:, half], d_out, lse, delta),
+            segment_ids=None if ids_of is None else (ids_of, ids_of[:, half]),
+            query_offset=-half.start,
+            scale=case.scale,
+            implementation="pallas_gpu",
+            interpret=True,
+        )
+        for half in (slice(0, 48), slice(48, 96))
+    ]
+    (dq_old, *old), (dq_new, *new) = parts
+    found = (dq_old.astype(jnp.float32) + dq_new, *(jnp.concatenate(x, 1) for x in zip(old, new, strict=True)))
+    for got, want in zip(found, exact, strict=True):
+        assert relative_error(got, want) <= MOST
 
 
 def test_segment_ids_that_return_after_another_are_right_too() -> None:
