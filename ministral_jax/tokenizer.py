@@ -77,6 +77,11 @@ class Tokenizer:
         return f"Tokenizer({self.version}, {self.vocabulary_size} tokens, {str(self.path)!r})"
 
     @property
+    def mistral(self) -> "MistralTokenizer":
+        """The mistral-common tokenizer underneath, for what is asked of it alone."""
+        return self._mistral
+
+    @property
     def version(self) -> str:
         """The template's version: "v1", "v2", "v3", "v7", "v11", "v13" or "v15"."""
         return self._vocabulary.version.value
