@@ -16,13 +16,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import Implementation
 
+from .attend import causal_attend, sequence_axes
 from .attention import Attend, Rotation
 from .config import ModelConfig
+from .errors import ConfigError
+from .linear import projections
+from .lora import LoraConfig, attach
 from .parameters import parameter_specs
-from .sharding.layout import Layout
+from .sharding.collectives import gathered
 from .transformer import Block, Embedding, Transformer
 
 Remat = Literal["none", "full", "dots"]
@@ -103,14 +106,13 @@ class StackedTransformer(nnx.Module):
     """A decoder for training, made of `model`, which is used up: placeholders stay placeholders, arrays are copied.
 
     `prefix` are blocks, `places` one block for each place in the period, its parameters `[repeats, ...]` with the
-    logical axis "layers" in front. `remat` is what the backward pass keeps (POLICIES). With `layout`, activations are
-    told where to lie between blocks.
+    logical axis "layers" in front. `remat` is what the backward pass keeps (POLICIES).
     """
 
-    def __init__(self, model: Transformer, *, layout: Layout | None = None, remat: Remat = "full") -> None:
+    def __init__(self, model: Transformer, *, remat: Remat = "full") -> None:
         self.config = model.config
         self.attention_implementation: Implementation = model.attention_implementation
-        self.layout = layout
+        self.layout = model.layout
         self.remat: Remat = _known(remat)
         self.tok_embeddings: Embedding = model.tok_embeddings
         self.norm = model.norm
@@ -141,14 +143,15 @@ class StackedTransformer(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         rotation = Rotation.at(positions, self.config)
-        attend = self._attend(segment_ids)
-        x = self._constrained(self.tok_embeddings(tokens))  # [B, T, D]
+        axes = sequence_axes(tokens.shape, self.layout)
+        attend = causal_attend(self.config, segment_ids, self.attention_implementation, self.layout)
+        x = gathered(self.tok_embeddings, self.layout)(tokens, self.layout, axes)  # [B, T, D]
         for layer, block in enumerate(self.prefix):
             graph, state = nnx.split(block)
-            x = self._rematerialized(graph, layer, attend, scanned=False)(state, x, rotation)
+            x = self._rematerialized(graph, layer, attend, axes, scanned=False)(state, x, rotation)
         parts = [nnx.split(place) for place in self.places]
         run = [
-            self._rematerialized(graph, self.pattern.prefix + place, attend, scanned=True)
+            self._rematerialized(graph, self.pattern.prefix + place, attend, axes, scanned=True)
             for place, (graph, _) in enumerate(parts)
         ]
 
@@ -167,34 +170,27 @@ class StackedTransformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Float32 logits of final hidden states: few at a time; train/loss.py never asks for those of a sequence."""
-        return self.head.logits(hidden)
-
-    def _attend(self, segment_ids: Array | None) -> Attend[None]:
-        def attend(layer: int, q: Array, k: Array, v: Array, memory: None) -> tuple[Array, None]:
-            window = self.config.windows[layer]
-            implementation = self.attention_implementation
-            return flash_attention(
-                q, k, v, window=window, segment_ids=segment_ids, implementation=implementation
-            ), memory
-
-        return attend
+        return gathered(self.head, self.layout).logits(hidden)
 
     def _rematerialized(
-        self, graph: nnx.GraphDef[Block], layer: int, attend: Attend[None], *, scanned: bool
+        self,
+        graph: nnx.GraphDef[Block],
+        layer: int,
+        attend: Attend[None],
+        axes: tuple[str | None, ...],
+        *,
+        scanned: bool,
     ) -> Callable[[nnx.State, Array, Rotation], Array]:
         """One block as a function of its parameters; `layer` is any of its place, which all have the same window."""
 
         def block(state: nnx.State, x: Array, rotation: Rotation) -> Array:
-            x, _ = nnx.merge(graph, state)(x, rotation, layer, attend, None)
-            return self._constrained(x)
+            x, _ = gathered(nnx.merge(graph, state), self.layout)(x, rotation, layer, attend, None)
+            return x if self.layout is None else self.layout.constrain(x, *axes, "act_embed")
 
         if self.remat == "none":
             return block
         # Across the steps of a scan nothing can be merged, so nothing needs to keep XLA from it.
         return jax.checkpoint(block, policy=POLICIES[self.remat], prevent_cse=not scanned)  # pyright: ignore[reportReturnType]
-
-    def _constrained(self, x: Array) -> Array:
-        return x if self.layout is None else self.layout.constrain(x, "batch", "sequence", "act_embed")
 
 
 def _known(remat: Remat) -> Remat:
@@ -221,6 +217,29 @@ def _stacked_value(values: Sequence[Any]) -> Any:
     if isinstance(values[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(values), *values[0].shape), values[0].dtype)
     return jnp.stack(values)
+
+
+def attach_adapters(model: StackedTransformer, config: LoraConfig) -> None:
+    """`lora.attach` to a stacked model, whose base may be filled: adapters as placeholders, a stack of them each.
+
+    Raises ConfigError as `attach` does, and for layers of one stack that would have different adapters.
+    """
+    if any(linear.adapter for linear in projections(model).values()):
+        raise ConfigError("lora: the model has an adapter already; load it without one, or merge that first")
+    outline = Transformer(model.config)
+    attach(outline, config)
+    adapters = {name: linear.adapter for name, linear in projections(outline).items()}
+    for name, linear in projections(model).items():
+        layers = model.pattern.names(name)
+        for layer in layers:
+            if adapters[layer] != adapters[layers[0]]:
+                raise ConfigError(
+                    f"lora: {layers[0]} and {layer} would have different adapters, but layers of one kind are trained "
+                    "as one stack: give them the same rank and alpha"
+                )
+        if (adapter := adapters[layers[0]]) is not None:
+            linear.adapt(adapter)
+    model.stack_placeholders()
 
 
 class Unstacked(Mapping[str, jax.Array]):
