@@ -1,0 +1,204 @@
+"""The training step: one compiled program from parameters and a batch to the next parameters. No files, no loop.
+
+What is trained is a model's adapters, or everything if it has none. Trained parameters and moments are float32 and
+given up to each step, which puts the new ones in their place; frozen ones are only read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ministral_jax.errors import ConfigError
+from ministral_jax.lora import set_dropout_keys
+from ministral_jax.parameters import ParameterSpec, fill, parameter_specs, parameters
+from ministral_jax.stacked import StackedTransformer
+
+from .data.batches import Batch
+from .loss import cross_entropy
+from .optimizer import Optimizer
+
+Arrays = dict[str, jax.Array]
+BATCH_AXES = (None, "batch", "sequence")  # logical axes of each array of a step's batch, [A, B, T]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run goes on from. Parameters by name, as the stacked model has them; `key` is that of the run."""
+
+    trained: Arrays
+    frozen: Arrays
+    moments: optax.OptState
+    step: Int[Array, ""]
+    key: Array
+
+
+class Metrics(NamedTuple):
+    """Of one step: the loss that was minimised, how many tokens it is of, the norm of its gradient before clipping.
+
+    A gradient that is not finite changes nothing but the number of steps: `finite` says so.
+    """
+
+    loss: Float[Array, ""]
+    tokens: Int[Array, ""]
+    gradient_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def trained_specs(model: nnx.Module) -> dict[str, ParameterSpec]:
+    """The parameters that are trained: of adapters, or all if there are none. Raises ConfigError for quantised ones."""
+    specs = parameter_specs(model)
+    adapters = {name: spec for name, spec in specs.items() if spec.adapter}
+    stored = [name for name, spec in specs.items() if spec.init == "stored"]
+    if stored and not adapters:
+        raise ConfigError(f"{stored[0]} is quantised and cannot be trained: train adapters, or load a dense model")
+    return adapters or specs
+
+
+class TrainStep:
+    """Compiles once for all batches of one shape: `state, metrics = step(state, batch)`.
+
+    `model`, filled or not, gives the structure, layout and dtypes; weights are for `initial_state`. Microbatches
+    [A, B, T] follow each other and their gradients are added. Every trained token of the step counts the same, or, with
+    `rows_per_mean`, the loss is the plain mean over groups of so many rows of a microbatch of each group's own mean:
+    with the rows that one device has, that is what mistral-finetune minimises. `chunk` as in `cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        model: StackedTransformer,
+        optimizer: Optimizer,
+        *,
+        rows_per_mean: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        self.specs = parameter_specs(model)
+        self.trained_specs = trained_specs(model)
+        self.optimizer = optimizer
+        self.layout = model.layout
+        self._structure = fill(model, lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+        self._rows_per_mean = rows_per_mean
+        self._chunk = chunk
+        # Arrays that come from the host, and results, lie where the layout says; the rest is there already.
+        shardings: dict[str, Any] = {}
+        if self.layout is not None:
+            kept = (self._placed(self.trained_specs), self._moment_shardings(), self.layout.sharding())
+            batch = self.layout.sharding(BATCH_AXES)
+            frozen = self._placed({name: s for name, s in self.specs.items() if name not in self.trained_specs})
+            shardings = {
+                "in_shardings": (*kept, frozen, self.layout.sharding(), batch),
+                "out_shardings": (*kept, self.layout.sharding()),
+            }
+        self._compiled = jax.jit(self._step, donate_argnums=(0, 1, 2), **shardings)
+        self._compiled_loss = jax.jit(self._evaluated)
+
+    def initial_state(self, model: StackedTransformer, key: jax.Array) -> TrainState:
+        """The state before the first step. It takes over the arrays of a filled model, the trained ones as float32."""
+        arrays = parameters(model)
+        trained = {name: arrays.pop(name).astype(jnp.float32) for name in self.trained_specs}
+        place = None if self.layout is None else self._moment_shardings()
+        moments = jax.jit(self.optimizer.init, out_shardings=place)(trained)
+        step, key = jnp.zeros((), jnp.int32), key
+        if self.layout is not None:
+            step, key = jax.device_put((step, key), self.layout.sharding())
+        return TrainState(trained, arrays, moments, step, key)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One step over microbatches [A, B, T]. `state` is used up, all but its frozen parameters."""
+        *kept, metrics = self._compiled(*self._arguments(state, batch))
+        trained, moments, step = kept
+        return TrainState(trained, state.frozen, moments, step, state.key), metrics
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The program before it is compiled, of arrays or of their shapes: for its memory and its cost."""
+        return self._compiled.lower(*self._arguments(state, batch))
+
+    def evaluate(self, state: TrainState, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Sum of the weighted losses of a batch [B, T], and of its weights; without dropout."""
+        return self._compiled_loss(state.trained, state.frozen, batch)
+
+    def model(self, trained: Mapping[str, Array], frozen: Mapping[str, Array], key: Array | None) -> StackedTransformer:
+        """The model of these parameters, in its own dtypes, with the dropout that follows from `key`."""
+        arrays = {name: array.astype(self.specs[name].dtype) for name, array in trained.items()}
+        model = fill(self._structure, {**frozen, **arrays})
+        set_dropout_keys(model, key)
+        return model
+
+    def _arguments(self, state: TrainState, batch: Batch) -> tuple[Any, ...]:
+        return state.trained, state.moments, state.step, state.frozen, state.key, batch
+
+    def _placed(self, specs: Mapping[str, ParameterSpec]) -> dict[str, jax.sharding.NamedSharding]:
+        assert self.layout is not None
+        return {name: self.layout.placement(name, spec) for name, spec in specs.items()}
+
+    def _moment_shardings(self) -> Any:
+        """Moments lie where their parameters do, counters everywhere."""
+        assert self.layout is not None
+        everywhere, placed = self.layout.sharding(), self._placed(self.trained_specs)
+        structs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in self.trained_specs.items()}
+
+        def place(path: tuple[Any, ...], _: Any) -> jax.sharding.NamedSharding:
+            return placed[path[-1].key] if isinstance(path[-1], jax.tree_util.DictKey) else everywhere
+
+        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self.optimizer.init, structs))
+
+    def _evaluated(self, trained: Arrays, frozen: Arrays, batch: Batch) -> tuple[Array, Array]:
+        return self._loss(trained, frozen, None, batch)
+
+    def _loss(self, trained: Arrays, frozen: Arrays, key: Array | None, batch: Batch) -> tuple[Array, Array]:
+        """Sums over one microbatch [B, T]."""
+        model = self.model(trained, frozen, key)
+        hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids)  # [B, T, D]
+        head = model.head.weight[...]
+        return cross_entropy(hidden, head, batch.targets, batch.loss_weights, chunk=self._chunk, layout=self.layout)
+
+    def _step(
+        self, trained: Arrays, moments: optax.OptState, step: Array, frozen: Arrays, key: Array, batch: Batch
+    ) -> tuple[Arrays, optax.OptState, Array, Metrics]:
+        weights = shares(batch.loss_weights, self._rows_per_mean)  # [A, B, T]
+        keys = jax.random.split(jax.random.fold_in(key, step), weights.shape[0])
+        gradient_of = jax.value_and_grad(lambda *arguments: self._loss(*arguments)[0])
+
+        def add(sums: tuple[Array, Arrays], part: tuple[Batch, Array]) -> tuple[tuple[Array, Arrays], None]:
+            found = gradient_of(trained, frozen, part[1], part[0])
+            return jax.tree.map(jnp.add, sums, found), None
+
+        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
+        (loss, gradients), _ = jax.lax.scan(add, start, (batch._replace(loss_weights=weights), keys))
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updated = self.optimizer.update(gradients, moments, trained, step)
+        trained, moments = jax.tree.map(functools.partial(jnp.where, finite), updated, (trained, moments))
+        tokens = jnp.count_nonzero(batch.loss_weights)
+        metrics = Metrics(loss, tokens, norm, self.optimizer.config.rate(step), finite)
+        return trained, moments, step + 1, metrics
+
+
+def shares(weights: Float[Array, "A B T"], rows_per_mean: int | None) -> Float[Array, "A B T"]:
+    """Weights that add up to 1 over the step, or over each group of rows to the same; see TrainStep.
+
+    A group without weight adds nothing, but counts.
+    """
+    n_micro, rows, length = weights.shape
+    if rows_per_mean is None:
+        return weights / _or_one(weights.sum())
+    if rows % rows_per_mean:
+        raise ConfigError(f"a microbatch of {rows} rows does not divide into groups of {rows_per_mean}")
+    groups = weights.reshape(n_micro, rows // rows_per_mean, rows_per_mean * length)
+    means = groups / _or_one(groups.sum(axis=-1, keepdims=True))
+    return (means / np.prod(groups.shape[:2])).reshape(weights.shape)
+
+
+def _or_one(total: Array) -> Array:
+    return jnp.where(total > 0, total, 1.0)
