@@ -1,4 +1,4 @@
-"""The decoder: embeddings, pre-norm blocks, final norm, output head.
+"""The decoder: embeddings, pre-norm blocks, final norm, output head; beside it, what reads images.
 
 `model(tokens)` is causal scoring of whole sequences. `hidden` and `logits` are apart, so that nothing has to hold the
 logits of a long sequence over a large vocabulary. `extend` runs the same layers over a paged cache.
@@ -26,6 +26,8 @@ from .norm import RMSNorm
 from .parameters import ParameterSpec
 from .sharding.collectives import gathered, lookup
 from .sharding.layout import Layout
+from .vision import VisionEncoder
+from .vision_adapter import ImageRows, PatchMerger, Vision, VisionLanguageAdapter
 
 
 class Block(nnx.Module):
@@ -88,6 +90,20 @@ class Transformer(nnx.Module):
         self.layers = nnx.List([Block(config, dtype, layer, layout) for layer in range(config.n_layers)])
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.output = None if config.tied_embeddings else Embedding(config.vocab_size, config.dim, dtype)
+        vision = config.vision
+        has_norm, has_merger = (vision.pre_projector_norm, vision.patch_merge) if vision else (False, False)
+        self.vision_encoder = VisionEncoder(vision, dtype) if vision else None
+        self.pre_mm_projector_norm = RMSNorm(vision.dim, vision.norm_eps, dtype) if vision and has_norm else None
+        self.patch_merger = PatchMerger(vision, dtype) if vision and has_merger else None
+        self.vision_language_adapter = VisionLanguageAdapter(vision, config.dim, dtype) if vision else None
+
+    @property
+    def vision(self) -> Vision | None:
+        """What turns patches into rows that stand in for image tokens; None for a model of text alone."""
+        encoder, adapter = self.vision_encoder, self.vision_language_adapter
+        if encoder is None or adapter is None:
+            return None
+        return Vision(encoder, self.pre_mm_projector_norm, self.patch_merger, adapter, self.attention_implementation)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Float32 logits of the token after each of `tokens`, from those up to it."""
@@ -98,16 +114,17 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        images: ImageRows | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states, after the last norm, of whole sequences from position 0.
 
         With packed sequences, `positions` restart and `segment_ids` differ per segment, and segments do not see
-        each other.
+        each other. `images` has the rows [B, T, D] that stand in for the embeddings of image tokens.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         attend = causal_attend(self.config, segment_ids, self.attention_implementation, self.layout)
-        return self._run(tokens, positions, sequence_axes(tokens.shape, self.layout), attend, None)[0]
+        return self._run(tokens, positions, sequence_axes(tokens.shape, self.layout), attend, None, images)[0]
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Float32 logits of final hidden states."""
@@ -115,16 +132,17 @@ class Transformer(nnx.Module):
         return gathered(head, self.layout).logits(hidden)
 
     def extend(
-        self, tokens: Int[Array, "T"], cache: PagedCache, batch: PagedBatch
+        self, tokens: Int[Array, "T"], cache: PagedCache, batch: PagedBatch, images: ImageRows | None = None
     ) -> tuple[Float[Array, "T D"], PagedCache]:
         """Runs the packed new tokens of many sequences, writing their keys and values into the cache.
 
-        Returns the final hidden state of each row (meaningless for padding rows) and the cache.
+        `images` has the rows [T, D] that stand in for the embeddings of image tokens. Returns the final hidden state
+        of each row (meaningless for padding rows) and the cache.
         """
         n_tokens = tokens.shape[0]
         attend = paged_attend(self.config, batch, cache, n_tokens, self.paged_implementation, self.layout)
         positions = packed_positions(batch, n_tokens, self.layout)
-        return self._run(tokens, positions, ("rows",), attend, cache)
+        return self._run(tokens, positions, ("rows",), attend, cache, images)
 
     def _run(
         self,
@@ -133,11 +151,14 @@ class Transformer(nnx.Module):
         axes: tuple[str | None, ...],
         attend: Attend[Memory],
         memory: Memory,
+        images: ImageRows | None = None,
     ) -> tuple[Float[Array, "*T D"], Memory]:
         """All layers over tokens whose logical axes are `axes`."""
         layout = self.layout
         rotation = Rotation.at(positions, self.config)
         x = gathered(self.tok_embeddings, layout)(tokens, layout, axes)  # [*T, D]
+        if images is not None:
+            x = jnp.where(images.present[..., None], images.rows.astype(x.dtype), x)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 x, memory = gathered(layer, layout)(x, rotation, i, attend, memory)
