@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ministral_jax.cache import PagedBatch, PagedCache
+from ministral_jax.sharding.layout import Layout
 from ministral_jax.transformer import Transformer
 from pallas_kernels.dispatch import target
 
@@ -88,12 +89,30 @@ def prefill(
 ) -> tuple[Float[Array, "B D"], PagedCache]:
     """One chunk of packed prompt tokens.
 
-    `last_rows[b]` is the row of sequence b's last prompt token if it is in this chunk, else -1; `hidden` collects the
-    final hidden states of those rows.
+    `last_rows[b]` is the row of sequence b's last prompt token, within its data shard, if it is in this chunk, else
+    -1; `hidden` collects the final hidden states of those rows.
     """
     model: Transformer = nnx.merge(graph, weights)
     out, cache = model.extend(tokens, cache, batch)
-    return jnp.where(last_rows[:, None] >= 0, out[jnp.maximum(last_rows, 0)], hidden), cache
+    shards = data_shards(model.layout)
+    rows = jnp.maximum(last_rows, 0).reshape(shards, -1, 1)
+    last = jnp.take_along_axis(out.reshape(shards, -1, out.shape[-1]), rows, axis=1).reshape(hidden.shape)
+    return _in_rows(jnp.where(last_rows[:, None] >= 0, last, hidden), model.layout), cache
+
+
+def data_shards(layout: Layout | None) -> int:
+    """Into how many runs the sequences of a batch are dealt."""
+    return 1 if layout is None else layout.ways("rows")
+
+
+def _in_rows(tree: Any, layout: Layout | None) -> Any:
+    """Arrays with an entry per sequence, kept where the sequences are: the next call then finds what it was compiled
+    for."""
+    return tree if layout is None else jax.tree.map(lambda x: layout.constrain(x, "rows"), tree)
+
+
+def _everywhere(tree: Any, layout: Layout | None) -> Any:
+    return tree if layout is None else jax.tree.map(layout.constrain, tree)
 
 
 def start(
@@ -110,7 +129,13 @@ def start(
     model: Transformer = nnx.merge(graph, weights)
     zeros = jnp.zeros_like(lengths)
     state = DecodeState(zeros, lengths, zeros, ends.limit > 0, history)
-    return _take(model.logits(hidden), state, ends, sampling, mode)
+    state, choice = _take(_logits(model, hidden), state, ends, sampling, mode)
+    return _in_rows(state, model.layout), _everywhere(choice, model.layout)
+
+
+def _logits(model: Transformer, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """Logits to choose from. On a mesh every device gets all those of its own sequences, 512 kB each."""
+    return _in_rows(model.logits(hidden), model.layout)
 
 
 def _take(
@@ -139,7 +164,8 @@ def decode(
     model: Transformer = nnx.merge(graph, weights)
     B = state.tokens.shape[0]
     top = mode.top_logprobs or 0
-    rows = jnp.arange(B + 1, dtype=jnp.int32)
+    shards = data_shards(model.layout)
+    rows = jnp.tile(jnp.arange(B // shards + 1, dtype=jnp.int32), shards)
     empty = Produced(
         Choice(
             jnp.zeros((MAX_STEPS, B), jnp.int32),
@@ -162,8 +188,9 @@ def decode(
         hidden, cache = model.extend(state.tokens, cache, PagedBatch(page_tables, rows, lengths))
         was_active = state.active
         state = state._replace(lengths=state.lengths + was_active)
-        state, choice = _take(model.logits(hidden), state, ends, sampling, mode)
+        state, choice = _take(_logits(model, hidden), state, ends, sampling, mode)
         i = produced.n_steps
+        state, (choice, was_active) = _in_rows(state, model.layout), _everywhere((choice, was_active), model.layout)
         choices = jax.tree.map(lambda all_steps, one: all_steps.at[i].set(one), produced.choices, choice)
         return cache, state, Produced(choices, produced.active.at[i].set(was_active), i + 1)
 

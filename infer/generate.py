@@ -20,7 +20,7 @@ from ministral_jax.transformer import Transformer
 
 from .answer import Answer, Completion, Piece, TokenLogprob
 from .chat import ChatReply, ChatStream
-from .decoding import MAX_STEPS, Choice, DecodeState, Ends, Steps, compiled_steps
+from .decoding import MAX_STEPS, Choice, DecodeState, Ends, Steps, compiled_steps, data_shards
 from .pages import PageTables
 from .sampling import SamplingArrays, SamplingMode, SamplingParams, batch_arrays, batch_mode, start_history
 
@@ -80,7 +80,8 @@ class Generator:
       prefill_chunk: prompt tokens of one call; a power of two.
       cache_dtype: of keys and values, one of ministral_jax.config.CACHE_DTYPES; None for that of the model.
 
-    `timing` describes the last run, `cache_plan` and `cache_bytes` the cache it used, as planned and as allocated.
+    `timing` describes the last run, `cache_plan` and `cache_bytes` the cache it used, as planned and as allocated. With
+    a model on a mesh, prompts are dealt to its data shards, and `cache_plan` is that of one of them.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.max_length = min(max_length or model.config.max_length, model.config.max_length)
         self.page_size, self.prefill_chunk = page_size, prefill_chunk
+        self.shards = data_shards(model.layout)
         graph, self._weights = nnx.split(model)
         self._steps: Steps = compiled_steps(graph)
         self.dtype = model.norm.weight[...].dtype
@@ -206,10 +208,10 @@ class Generator:
         state, choice = self._steps.start(
             self._weights,
             hidden,
-            jnp.asarray(run.lengths),
+            self._rows(run.lengths),
             run.ends,
             run.sampling,
-            start_history([p.tolist() for p in run.prompts], self.model.config.vocab_size, run.mode),
+            self._rows(start_history([p.tolist() for p in run.prompts], self.model.config.vocab_size, run.mode)),
             mode=run.mode,
         )
         first = jax.tree.map(lambda x: np.asarray(x)[None], choice)
@@ -230,8 +232,9 @@ class Generator:
     def _begin(
         self, first_index: int, prompts: Sequence[Sequence[int]], params: list[SamplingParams], limits: list[int]
     ) -> _Run:
-        """Lays out the batch: B and the cache's length are powers of two, so that few programs are compiled."""
-        B = _bucket(len(prompts), 1)
+        """Lays out the batch: what a shard holds and the cache's length are powers of two, so that few programs are
+        compiled."""
+        B = self.shards * _bucket(-(-len(prompts) // self.shards), 1)
         real = [np.asarray(prompt, np.int32) for prompt in prompts]
         spare = B - len(prompts)
         lengths = np.array([len(prompt) for prompt in real] + [0] * spare, np.int32)
@@ -239,11 +242,12 @@ class Generator:
         length = min(_bucket(longest, MIN_LENGTH), self.max_length)
         plan = plan_cache(
             self.model.config,
-            batch=B,
+            batch=B // self.shards,
             length=length,
             chunk=max(self.prefill_chunk, MAX_STEPS),
             page_size=self.page_size,
             dtype=self.cache_dtype,
+            layout=self.model.layout,
         )
         padded = params + [SamplingParams(seed=0)] * spare
         stop_ids = [self._stop_ids(p) for p in params]
@@ -261,9 +265,9 @@ class Generator:
             lengths=lengths,
             limits=all_limits,
             mode=batch_mode(params),
-            sampling=batch_arrays(padded),
-            ends=Ends(jnp.asarray(stops), jnp.asarray(all_limits)),
-            tables=PageTables(plan, B),
+            sampling=self._rows(batch_arrays(padded)),
+            ends=self._rows(Ends(stops, all_limits)),
+            tables=PageTables(plan, B, self.shards),
             cache=self._take_cache(plan),
             plan=plan,
             answers=answers,
@@ -281,37 +285,46 @@ class Generator:
             return kept[1]
         del kept
         self.cache_plan = plan
-        cache = allocate_cache(self.model.config, plan, self.cache_dtype)
+        cache = allocate_cache(self.model.config, plan, self.cache_dtype, self.model.layout)
         self.cache_bytes = cache.n_bytes
         return cache
 
     def _prefill(self, run: _Run) -> jax.Array:
-        """Runs all prompts through the model in packed chunks; returns each last token's hidden state, [B, D]."""
+        """Runs all prompts through the model in packed chunks; returns each last token's hidden state, [B, D].
+
+        Each data shard has a chunk of its own in every call, of up to `prefill_chunk` rows.
+        """
         B = len(run.lengths)
-        hidden = jnp.zeros((B, self.model.config.dim), self.dtype)
+        hidden = self._rows(np.zeros((B, self.model.config.dim), self.dtype))
         done = np.zeros(B, np.int32)
         while (done < run.lengths).any():
-            counts, room = np.zeros(B, np.int32), self.prefill_chunk
-            for b in range(B):
-                counts[b] = min(run.lengths[b] - done[b], room)
-                room -= counts[b]
-                if counts[b]:
-                    run.tables.advance(b, int(done[b]), int(done[b] + counts[b]))
-            starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-            tokens = np.zeros(_bucket(int(starts[-1]), min(MIN_CHUNK, self.prefill_chunk)), np.int32)
+            counts = self._next_counts(run.lengths - done)
             for b in np.flatnonzero(counts).tolist():
-                tokens[starts[b] : starts[b + 1]] = run.prompts[b][done[b] : done[b] + counts[b]]
+                run.tables.advance(b, int(done[b]), int(done[b] + counts[b]))
+            by_shard = counts.reshape(self.shards, -1)
+            starts = np.pad(np.cumsum(by_shard, axis=1, dtype=np.int32), ((0, 0), (1, 0)))  # [shards, B / shards + 1]
+            width = _bucket(int(starts.max()), min(MIN_CHUNK, self.prefill_chunk))
+            tokens = np.zeros((self.shards, width), np.int32)
+            for b in np.flatnonzero(counts).tolist():
+                shard, i = divmod(b, by_shard.shape[1])
+                tokens[shard, starts[shard, i] : starts[shard, i + 1]] = run.prompts[b][done[b] : done[b] + counts[b]]
             done = done + counts  # a new array: the device may still be reading the old one
             finished = (counts > 0) & (done == run.lengths)
             hidden, run.cache = self._steps.prefill(
                 self._weights,
                 run.cache,
                 hidden,
-                jnp.asarray(tokens),
-                PagedBatch(self._page_tables(run), jnp.asarray(starts), jnp.asarray(done)),
-                jnp.asarray(np.where(finished, starts[1:] - 1, -1).astype(np.int32)),
+                self._rows(tokens.reshape(-1)),
+                PagedBatch(self._page_tables(run), self._rows(starts.reshape(-1)), self._rows(done)),
+                self._rows(np.where(finished, starts[:, 1:].reshape(-1) - 1, -1).astype(np.int32)),
             )
         return hidden
+
+    def _next_counts(self, left: np.ndarray) -> np.ndarray:
+        """Tokens of the next chunk by sequence, [B]: each shard fills its rows with its own sequences in turn."""
+        by_shard = left.reshape(self.shards, -1)
+        before = np.cumsum(by_shard, axis=1) - by_shard
+        return np.clip(self.prefill_chunk - before, 0, by_shard).astype(np.int32).reshape(-1)
 
     def _decode(self, run: _Run, state: DecodeState, n_steps: int) -> tuple[DecodeState, int, list[Piece]]:
         running = np.array([answer.finish_reason is None for answer in run.answers])
@@ -337,7 +350,7 @@ class Generator:
             run.tables.release(b)
         still = np.zeros(len(run.lengths), bool)
         still[: len(ended)] = ~ended
-        return state._replace(active=state.active & jnp.asarray(still)), int(steps), pieces
+        return state._replace(active=state.active & self._rows(still)), int(steps), pieces
 
     def _hand_out(self, run: _Run, choices: Choice, active: np.ndarray) -> Iterator[Piece]:
         """Gives each sequence its tokens of one call ([steps, B]) and yields what came of it."""
@@ -352,10 +365,17 @@ class Generator:
             if piece is not None:
                 yield piece
 
-    @staticmethod
-    def _page_tables(run: _Run) -> tuple[jax.Array, ...]:
+    def _page_tables(self, run: _Run) -> tuple[jax.Array, ...]:
         # A copy: the host goes on changing its tables while the device may still read these.
-        return tuple(jnp.asarray(table.copy()) for table in run.tables.tables)
+        return tuple(
+            self._rows(table.copy(), "sequence" if group.context > 1 else None)
+            for table, group in zip(run.tables.tables, run.plan.groups, strict=True)
+        )
+
+    def _rows(self, tree: Any, *axes: str | None) -> Any:
+        """Host arrays with an entry per sequence or packed row, on the devices that have those."""
+        layout = self.model.layout
+        return jax.tree.map(jnp.asarray, tree) if layout is None else layout.put(tree, "rows", *axes)
 
 
 def _cache_dtype(name: str) -> jnp.dtype:

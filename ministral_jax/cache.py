@@ -19,6 +19,7 @@ from pallas_kernels.paged_attention import token_slots
 from pallas_kernels.reference import token_positions
 
 from .config import ModelConfig, Window
+from .sharding.layout import Layout
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["group_of_layer"])
@@ -83,18 +84,25 @@ class PagedBatch:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Pages that one group of layers needs: `pages_per_sequence` while a sequence runs, `pages` in each pool."""
+    """Pages that one group of layers needs: `pages_per_sequence` while a sequence runs, `pages` in each pool.
+
+    A group with full attention has a pool for each of `context` shards, which hold the pages of a sequence in turn.
+    """
 
     window: Window
     layers: tuple[int, ...]
     pages_per_sequence: int
     pages: int
     n_bytes: int
+    context: int = 1
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Size of a cache for `batch` sequences of up to `length` tokens that grow by at most `chunk` tokens a call."""
+    """Size of a cache for `batch` sequences of up to `length` tokens that grow by at most `chunk` tokens a call.
+
+    On a mesh it is that of one data shard, over all devices that share the shard's heads and pages.
+    """
 
     groups: tuple[GroupPlan, ...]
     page_size: int
@@ -131,28 +139,56 @@ def cached_numbers(config: ModelConfig) -> int:
 
 
 def plan_cache(
-    config: ModelConfig, *, batch: int, length: int, chunk: int, page_size: int, dtype: jnp.dtype
+    config: ModelConfig,
+    *,
+    batch: int,
+    length: int,
+    chunk: int,
+    page_size: int,
+    dtype: jnp.dtype,
+    layout: Layout | None = None,
 ) -> CachePlan:
-    """The plan for `batch` sequences of up to `length` tokens; one null page is added to every pool."""
-    page_bytes = page_size * cached_numbers(config) * jnp.dtype(dtype).itemsize
+    """The plan for `batch` sequences of up to `length` tokens, a data shard's; a null page is added to every pool."""
+    page_bytes = page_size * _kept_copies(config, layout) * cached_numbers(config) * jnp.dtype(dtype).itemsize
     groups = []
     for window, layers in config.window_groups:
         held = pages_held(length, window, chunk, page_size)
-        pages = batch * held + 1
-        groups.append(GroupPlan(window, layers, held, pages, pages * page_bytes * len(layers)))
+        context = layout.ways("sequence") if layout is not None and window is None else 1
+        pages = batch * -(-held // context) + 1
+        n_bytes = context * pages * page_bytes * len(layers)
+        groups.append(GroupPlan(window, layers, held, pages, n_bytes, context))
     return CachePlan(tuple(groups), page_size, length)
 
 
-def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype) -> PagedCache:
-    """Pools as planned. Their contents mean nothing until written."""
+def _kept_copies(config: ModelConfig, layout: Layout | None) -> int:
+    """How often each key head is kept: more than once where there are fewer than the devices that share them."""
+    return 1 if layout is None or config.latent else max(1, layout.ways("act_kv_heads") // config.n_kv_heads)
+
+
+def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype, layout: Layout | None = None) -> PagedCache:
+    """Pools as planned, on a mesh each device's part made where it stays. Their contents mean nothing until written."""
     group_of_layer = [0] * config.n_layers
     for i, group in enumerate(plan.groups):
         for layer in group.layers:
             group_of_layer[layer] = i
-    entry = (1, cached_numbers(config)) if config.latent else (config.n_kv_heads, config.head_dim)
-    shapes = [(plan.groups[group].pages, plan.page_size, *entry) for group in group_of_layer]
+    heads = config.n_kv_heads * _kept_copies(config, layout)
+    entry = (1, cached_numbers(config)) if config.latent else (heads, config.head_dim)
+
+    def pool(layer: int) -> Array:
+        group = plan.groups[group_of_layer[layer]]
+        if layout is None:
+            return jnp.zeros((group.pages, plan.page_size, *entry), dtype)
+        axes = pool_axes(config, group.window)
+        shape = (group.pages * layout.ways(axes[0]), plan.page_size, *entry)
+        return jnp.zeros(shape, dtype, device=layout.sharding(axes))
+
     return PagedCache(
-        keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
-        values=tuple(None if config.latent else jnp.zeros(shape, dtype) for shape in shapes),
+        keys=tuple(pool(layer) for layer in range(config.n_layers)),
+        values=tuple(None if config.latent else pool(layer) for layer in range(config.n_layers)),
         group_of_layer=tuple(group_of_layer),
     )
+
+
+def pool_axes(config: ModelConfig, window: Window) -> tuple[str, None, str | None, None]:
+    """Logical axes of a pool. Only the pages of full attention are worth splitting over `context`."""
+    return ("pages" if window is not None else "split_pages", None, None if config.latent else "act_kv_heads", None)

@@ -13,6 +13,7 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pallas_kernels.flash_attention import Implementation
 
@@ -22,11 +23,14 @@ from ..errors import CheckpointError, ConfigError
 from ..linear import projections
 from ..parameters import ParameterSpec, fill, parameter_specs
 from ..row_order import half_split_rows
+from ..sharding.layout import Layout, layout_for
+from ..sharding.meshes import make_mesh
+from ..sharding.rules import Rules
 from ..stacked import LAYERS, StackedTransformer
 from ..transformer import Transformer
 from .hub import resolve
 from .json_pieces import shown
-from .layouts import EMBEDDINGS, HEAD, ReadPlan, Source, plan_reading
+from .layouts import EMBEDDINGS, HEAD, Entry, ReadPlan, Source, expert_parts, is_vision, plan_reading, whole_module
 from .quantized import Activations, find_parts, without_companions
 from .safetensors import aligned_empty
 from .safetensors_header import DTYPE_NAMES
@@ -34,12 +38,13 @@ from .weight_files import WeightFiles
 
 logger = logging.getLogger("ministral_jax")
 
-Placement = Callable[[str, ParameterSpec], jax.sharding.Sharding]
-
 DENSE_DTYPES = ("F64", "F32", "F16", "BF16")
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 # Rows are cast and permuted in pieces of this size, so that the source of a tensor is never whole beside its copy.
 CHUNK_BYTES = 64 * 2**20
+STACKED = (LAYERS, "expert")  # axes of a parameter along which files have a tensor each
+
+Extents = tuple[tuple[int, int], ...]  # first and past-the-last index along each axis
 
 
 def load(
@@ -50,7 +55,9 @@ def load(
     attention: Implementation = "auto",
     windows: str | Sequence[Window] | None = None,
     activations: Activations | None = None,
-    placement: Placement | None = None,
+    vision: bool = True,
+    mesh: Mesh | str | None = None,
+    rules: Rules | str = "all",
 ) -> Transformer:
     """The model in a folder, or of a hub id such as "mistralai/Ministral-8B-Instruct-2410", ready to run.
 
@@ -62,7 +69,9 @@ def load(
         attention=attention,
         windows=windows,
         activations=activations,
-        placement=placement,
+        vision=vision,
+        mesh=mesh,
+        rules=rules,
     )
 
 
@@ -74,7 +83,9 @@ def load_model(
     attention: Implementation = "auto",
     windows: str | Sequence[Window] | None = None,
     activations: Activations | None = None,
-    placement: Placement | None = None,
+    vision: bool = True,
+    mesh: Mesh | str | None = None,
+    rules: Rules | str = "all",
     stacked: Literal[False] = False,
 ) -> Transformer: ...
 
@@ -87,7 +98,9 @@ def load_model(
     attention: Implementation = "auto",
     windows: str | Sequence[Window] | None = None,
     activations: Activations | None = None,
-    placement: Placement | None = None,
+    vision: bool = True,
+    mesh: Mesh | str | None = None,
+    rules: Rules | str = "all",
     stacked: Literal[True],
 ) -> StackedTransformer: ...
 
@@ -99,7 +112,9 @@ def load_model(
     attention: Implementation = "auto",
     windows: str | Sequence[Window] | None = None,
     activations: Activations | None = None,
-    placement: Placement | None = None,
+    vision: bool = True,
+    mesh: Mesh | str | None = None,
+    rules: Rules | str = "all",
     stacked: bool = False,
 ) -> Transformer | StackedTransformer:
     """Reads the checkpoint in `directory`, in either layout; its arrays own their memory.
@@ -107,15 +122,20 @@ def load_model(
     `dtype` None or "auto" is the checkpoint's on accelerators and float32 on CPU, where XLA rewrites narrower weights
     at every step. `attention` names the implementation of attention. `windows` replaces the config's: a name of
     `catalog.WINDOW_PATTERNS`, or a list that is repeated over the layers. `activations` of quantised projections are
-    rounded as their format says (None); "quantized" insists on it, "plain" leaves them alone. `placement(name, spec)`
-    gives the sharding of each parameter, and each device then reads only the bytes of its shard; without it everything
-    goes to the default device. `stacked` gives the model for training, each layer read into its place in a stack.
+    rounded as their format says (None); "quantized" insists on it, "plain" leaves them alone. `vision=False` leaves
+    out what reads images, as does `stacked`. `mesh` spreads the model over devices by `rules`, one of
+    sharding.rules.RULES or your own: a mesh of sharding.meshes, or text such as "fsdp=4,tensor=2". Each device then
+    reads only the bytes of its shard; without it everything goes to the default device. `stacked` gives the model for
+    training, each layer read into its place in a stack.
     Raises MinistralError in one line.
     """
     folder = Path(directory)
-    layout = detect_layout(folder)
     config = read_config(folder, windows=windows)
-    with WeightFiles(folder, layout) as files:
+    layout = None
+    if mesh is not None:
+        layout = layout_for(config, make_mesh(mesh) if isinstance(mesh, str) else mesh, rules)
+    with WeightFiles(folder, detect_layout(folder)) as files:
+        config = with_decided_vision(config, files, wanted=vision and not stacked)
         plan = match_tensors(files, config, activations)
         if plan.unread:
             groups = ", ".join(f"{count} {group}" for group, count in plan.unread.items())
@@ -124,15 +144,20 @@ def load_model(
         sources = dict(plan.sources)
         if plan.head and not config.tied_embeddings:
             sources[HEAD] = plan.head
-        abstract = Transformer(config, _compute_dtype(dtype, files, _dense(sources, plan)), attention=attention)
+        compute_dtype = _compute_dtype(dtype, files, _dense(sources, plan))
+        abstract = Transformer(config, compute_dtype, attention=attention, layout=layout)
         linears = projections(abstract)
         for name, stored in plan.formats.items():
             linears[name].store_as(stored)
+
+        def parts_of(names: Sequence[str]) -> list[Source]:
+            return [sources[part] for name in names for part in expert_parts(name, config)]
+
         if not stacked:
-            return fill(abstract, lambda name, spec: _array(files, [sources[name]], name, spec, placement))
+            return fill(abstract, lambda name, spec: _array(files, parts_of([name]), name, spec, layout))
         model = StackedTransformer(abstract)
         names = model.pattern.names
-        return fill(model, lambda name, spec: _array(files, [sources[n] for n in names(name)], name, spec, placement))
+        return fill(model, lambda name, spec: _array(files, parts_of(names(name)), name, spec, layout))
 
 
 def match_tensors(files: WeightFiles, config: ModelConfig, activations: Activations | None = None) -> ReadPlan:
@@ -164,9 +189,13 @@ def match_tensors(files: WeightFiles, config: ModelConfig, activations: Activati
             config.quantization.format,
         )
     for name, spec in specs.items():
-        source = plan.head if name == HEAD else plan.sources[name]
-        if source is not None and name.removesuffix(".weight") not in quantized.formats:
-            _require_fits(source, spec, files, config_name)
+        if name.removesuffix(".weight") in quantized.formats:
+            continue
+        parts = expert_parts(name, config)
+        shape = spec.shape[1:] if parts != [name] else spec.shape
+        for source in [plan.head] if name == HEAD else [plan.sources[part] for part in parts]:
+            if source is not None:
+                _require_fits(source, shape, files, config_name)
     return quantized.in_plan(plan)
 
 
@@ -188,12 +217,25 @@ def _and_more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
+def with_decided_vision(config: ModelConfig, files: WeightFiles, *, wanted: bool = True) -> ModelConfig:
+    """The config, without vision where that is not `wanted`, or where none of its tensors is there: the file wins."""
+    if config.vision is None or (wanted and any(map(is_vision, files.tensors))):
+        return config
+    if wanted:
+        logger.warning(
+            "%s: no vision tensors, though %s describes a tower: read as a model of text alone",
+            files.source,
+            CONFIG_FILE_NAMES[files.layout],
+        )
+    return dataclasses.replace(config, vision=None)
+
+
 def _with_decided_head(config: ModelConfig, plan: ReadPlan, files: WeightFiles) -> ModelConfig:
     """The config, untied if the file has a head that differs from the embeddings: as in transformers, the file wins."""
     if not config.tied_embeddings or plan.head is None or _same_values(files, plan.sources[EMBEDDINGS], plan.head):
         return config
     config_name = CONFIG_FILE_NAMES[files.layout]
-    _require_fits(plan.head, parameter_specs(Transformer(config))[EMBEDDINGS], files, config_name)
+    _require_fits(plan.head, parameter_specs(Transformer(config))[EMBEDDINGS].shape, files, config_name)
     logger.warning(
         "%s: its output head differs from the embeddings, which %s ties: both are kept", files.directory, config_name
     )
@@ -230,11 +272,12 @@ def _compute_dtype(asked: str | type | np.dtype | None, files: WeightFiles, sour
     return dtype
 
 
-def _require_fits(source: Source, spec: ParameterSpec, files: WeightFiles, config_name: str) -> None:
+def _require_fits(source: Source, shape: tuple[int, ...], files: WeightFiles, config_name: str) -> None:
     info = files.tensors[source.name]
     where = f"{files.path_of(source.name)}: tensor {shown(source.name)}"
-    if info.shape != spec.shape:
-        raise CheckpointError(f"{where} has shape {list(info.shape)}, expected {list(spec.shape)} by {config_name}")
+    expected = shape if source.entry is None else source.entry.shape
+    if info.shape != expected:
+        raise CheckpointError(f"{where} has shape {list(info.shape)}, expected {list(expected)} by {config_name}")
     if DTYPE_NAMES[info.dtype] not in DENSE_DTYPES:
         raise CheckpointError(
             f"{where} has dtype {DTYPE_NAMES[info.dtype]}, expected one of {', '.join(DENSE_DTYPES)}, as "
@@ -244,47 +287,71 @@ def _require_fits(source: Source, spec: ParameterSpec, files: WeightFiles, confi
 
 def _dense(sources: Mapping[str, Source], plan: ReadPlan) -> dict[str, Source]:
     """Sources of what is not quantised."""
-    return {name: source for name, source in sources.items() if name.rpartition(".")[0] not in plan.formats}
+    return {
+        name: source for name, source in sources.items() if whole_module(name.rpartition(".")[0]) not in plan.formats
+    }
 
 
 def _array(
-    files: WeightFiles, sources: Sequence[Source], name: str, spec: ParameterSpec, placement: Placement | None
+    files: WeightFiles, sources: Sequence[Source], name: str, spec: ParameterSpec, layout: Layout | None
 ) -> jax.Array:
-    """The parameter in the one tensor of `sources`, or stacked along a leading axis from one for each layer."""
+    """The parameter in the one tensor of `sources`, or stacked from one for each layer, expert, or expert of each."""
     dtype = np.dtype(spec.dtype)
-    is_stack = spec.axes[:1] == (LAYERS,)
-    shape = spec.shape[1:] if is_stack else spec.shape  # of one layer
+    stacked = [axis in STACKED for axis in (*spec.axes, None)].index(False)  # leading axes
+    shape = spec.shape[stacked:]  # of one part
+    order = np.arange(len(sources)).reshape(spec.shape[:stacked])
 
     def read_one(source: Source, index: tuple[slice, ...]) -> np.ndarray:
         # Lone scales are [] or [1], those of rows [O] or [O, 1]: all of them small.
-        if shape and files.tensors[source.name].shape == shape:
+        if source.entry or (shape and files.tensors[source.name].shape == shape):
             return read_values(files, source, dtype, index)
         return np.asarray(read_small(files, source, dtype, shape)[index])
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not is_stack:
+        if not stacked:
             return read_one(sources[0], index)
-        layers = sources[index[0]]
-        extents = [len(range(*part.indices(size))) for part, size in zip(index[1:], shape, strict=True)]
-        out = aligned_empty((len(layers), *extents), dtype)
-        for layer, source in enumerate(layers):
-            out[layer] = read_one(source, index[1:])
+        parts = order[index[:stacked]]
+        extents = [len(range(*part.indices(size))) for part, size in zip(index[stacked:], shape, strict=True)]
+        out = aligned_empty((*parts.shape, *extents), dtype)
+        for place in np.ndindex(parts.shape):
+            out[(*place, ...)] = read_one(sources[parts[place]], index[stacked:])
         return out
 
-    if placement is None:
+    if layout is None:
         whole = tuple(slice(None) for _ in spec.shape)
         # The buffer is ours alone, and jax on CPU takes it over as it is.
         return jax.device_put(read(whole)).block_until_ready()
-    shards: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+    sharding = layout.placement(name, spec)
+    shard = _reading_once(read, spec.shape, sharding)
+    return jax.make_array_from_callback(spec.shape, sharding, shard).block_until_ready()
+
+
+def _reading_once(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: jax.sharding.Sharding
+) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+    """`read` for the shards of this host, no byte read twice: copies share one, and columns of equal rows are read as
+    one piece and then cut."""
+    wanted = {_extents(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
+    blocks: dict[Extents, np.ndarray] = {}
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        key = tuple(part.indices(size) for part, size in zip(index, spec.shape, strict=True))
-        if key not in shards:
-            shards[key] = read(index)
-        return shards[key]
+        extents = _extents(index, shape)
+        if not extents:  # a lone scale
+            return read(())
+        *rows, (start, stop) = extents
+        beside = [last for *others, last in wanted if list(others) == rows]
+        first, end = min(begin for begin, _ in beside), max(stop for _, stop in beside)
+        whole = (*rows, (first, end)) if sum(stop - begin for begin, stop in beside) == end - first else extents
+        if whole not in blocks:
+            blocks[whole] = read(tuple(slice(*part) for part in whole))
+        return blocks[whole][..., start - whole[-1][0] : stop - whole[-1][0]]
 
-    return jax.make_array_from_callback(spec.shape, placement(name, spec), shard).block_until_ready()
+    return shard
+
+
+def _extents(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Extents:
+    assert index is not None
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def read_small(files: WeightFiles, source: Source, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -296,20 +363,34 @@ def read_small(files: WeightFiles, source: Source, dtype: np.dtype, shape: tuple
 def read_values(files: WeightFiles, source: Source, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """`parameter[index]` in memory order and as `dtype`, in fresh memory, reading only the heads or rows it lies in."""
     info = files.tensors[source.name]
+    shape = info.shape if source.entry is None else _entry_shape(source.entry)
+    spans = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     if info.dtype == dtype and source.heads is None:
-        return files.read_slice(source.name, index)
-    spans = [part.indices(size)[:2] for part, size in zip(index, info.shape, strict=True)]
+        return _read_slice(files, source, [slice(*span) for span in spans])
     (first, last), columns = spans[0], [slice(*span) for span in spans[1:]]
     out = aligned_empty(tuple(stop - start for start, stop in spans), dtype)
-    block = info.shape[0] // source.heads if source.heads else 1  # rows that are permuted among themselves
+    block = shape[0] // source.heads if source.heads else 1  # rows that are permuted among themselves
     row_bytes = math.prod(out.shape[1:]) * info.dtype.itemsize
     step = max(1, CHUNK_BYTES // max(1, row_bytes * block)) * block
     for begin in range(first // block * block, last, step):
         end = min(begin + step, -(-last // block) * block)
-        rows = files.read_slice(source.name, [slice(begin, end), *columns])
+        rows = _read_slice(files, source, [slice(begin, end), *columns])
         if source.heads:
             rows = half_split_rows(rows, (end - begin) // block)
         start, stop = max(begin, first), min(end, last)
         with np.errstate(invalid="ignore", over="ignore"):
             out[start - first : stop - first] = rows[start - begin : stop - begin]
     return out
+
+
+def _entry_shape(entry: Entry) -> tuple[int, ...]:
+    return (entry.rows[1] - entry.rows[0], *entry.shape[2:])
+
+
+def _read_slice(files: WeightFiles, source: Source, index: Sequence[slice]) -> np.ndarray:
+    """`parameter[index]` as the file has it."""
+    if source.entry is None:
+        return files.read_slice(source.name, index)
+    expert, first = source.entry.expert, source.entry.rows[0]
+    rows = slice(first + index[0].start, first + index[0].stop)
+    return files.read_slice(source.name, [slice(expert, expert + 1), rows, *index[1:]])[0]

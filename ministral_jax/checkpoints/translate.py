@@ -168,6 +168,12 @@ def hf_name(name: Name, *, wrapped: bool) -> str:
     return f"{'model.language_model.' if wrapped else 'model.'}{_filled(_TEXT[template], numbers)}.{leaf}"
 
 
+def hf_module(module: str) -> str:
+    """The name in the HF layout of a module of the text decoder, without any prefix. Raises KeyError for others."""
+    template, numbers = _template(module)
+    return _filled(_TEXT[template], numbers)
+
+
 def fused_hf_name(name: Name, *, wrapped: bool) -> str:
     """The tensor of all experts that holds the weight of one."""
     layer, part = name.module.split(".experts.")[0], name.module.rsplit(".", 1)[1]

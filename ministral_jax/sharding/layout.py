@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -60,7 +61,12 @@ class Layout:
     def put(self, tree: Any, *axes: str | None) -> Any:
         """Host arrays with the same logical axes, onto the devices. Every process gives the whole arrays."""
         sharding = self.sharding(axes)
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+        def spread(x: Any) -> Array:
+            host = np.asarray(x)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(spread, tree)
 
 
 def weight_axes(spec: ParameterSpec, layout: Layout) -> tuple[str | None, ...]:

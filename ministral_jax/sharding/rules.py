@@ -23,12 +23,14 @@ WEIGHT_AXES = (
     *("vocab", "embed", "heads", "kv_heads", "hidden", "expert", "expert_embed"),
     *("norm", "rank", "layers", "vision"),
 )
-# Of activations: "batch" x "sequence" of whole sequences, "rows" of packed tokens, "pages" of a cache.
+# Of activations: "batch" x "sequence" of whole sequences, "rows" of packed tokens, "pages" of a cache, "split_pages" of
+# layers with full attention, whose pages context shards hold in turn.
 ACTIVATION_AXES = (
     "batch",
     "sequence",
     "rows",
     "pages",
+    "split_pages",
     "act_embed",
     "act_heads",
     "act_kv_heads",
@@ -49,16 +51,35 @@ _TENSOR = {
     "act_vocab": ("tensor",),
 }
 _FSDP = {"embed": ("fsdp",), "expert_embed": ("fsdp",)}
-_DATA = {"batch": ("data", "fsdp"), "rows": ("data", "fsdp"), "pages": ("data", "fsdp")}
+
+
+def _sequences(*along: str) -> dict[str, tuple[str, ...]]:
+    """Whole sequences, and all that belongs to them, on devices along these axes."""
+    return dict.fromkeys(("batch", "rows", "pages", "split_pages"), along)
+
+
+_DATA = _sequences("data", "fsdp")
 _EXPERT = {
     "expert": ("expert",),
     "act_expert": ("expert",),
     "embed": ("fsdp", "expert"),
-    "batch": ("data", "fsdp", "expert"),
-    "rows": ("data", "fsdp", "expert"),
-    "pages": ("data", "fsdp", "expert"),
+    **_sequences("data", "fsdp", "expert"),
 }
-_CONTEXT = {"sequence": ("context",), "embed": ("fsdp", "context"), "expert_embed": ("fsdp", "context")}
+_CONTEXT = {
+    "sequence": ("context",),
+    "embed": ("fsdp", "context"),
+    "expert_embed": ("fsdp", "context"),
+    "split_pages": ("data", "fsdp", "context"),
+}
+_ALL = {
+    **_DATA,
+    **_TENSOR,
+    **_FSDP,
+    **_EXPERT,
+    **_CONTEXT,
+    "embed": ("fsdp", "context", "expert"),
+    "split_pages": ("data", "fsdp", "expert", "context"),
+}
 
 
 @dataclass(frozen=True)
@@ -98,10 +119,8 @@ class Rules:
 
 # The usual layouts. "all" is their union, and the default: what is not wanted has size 1 in the mesh.
 RULES: Mapping[str, Rules] = {
-    "all": Rules.of(
-        "all", {**_DATA, **_TENSOR, **_FSDP, **_EXPERT, **_CONTEXT, "embed": ("fsdp", "context", "expert")}
-    ),
-    "data": Rules.of("data", {"batch": ("data",), "rows": ("data",), "pages": ("data",)}),
+    "all": Rules.of("all", _ALL),
+    "data": Rules.of("data", _sequences("data")),
     "tensor": Rules.of("tensor", _TENSOR),
     "fsdp": Rules.of("fsdp", {**_DATA, **_FSDP}),
     "fsdp+tensor": Rules.of("fsdp+tensor", {**_DATA, **_FSDP, **_TENSOR}),

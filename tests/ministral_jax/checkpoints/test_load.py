@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -26,6 +25,7 @@ from ministral_jax.config_files import write_config_json, write_params_json
 from ministral_jax.errors import ConfigError
 from ministral_jax.parameters import parameter_specs, parameters
 from ministral_jax.row_order import interleaved_rows
+from ministral_jax.sharding.rules import Rules
 from ministral_jax.transformer import Transformer
 from tests.checkpoint_files import KINDS, layout_tensors, tiny_config, write_tiny_checkpoint
 
@@ -220,27 +220,25 @@ class TestPlacement:
     """Each device reads its shard; the values are those of an unsharded load."""
 
     @pytest.mark.parametrize("layout", ["mistral", "hf"])
-    @pytest.mark.parametrize("axis", ["heads", "embed", "both"])
-    def test_shards_hold_the_right_values(self, tmp_path, layout, axis):
+    @pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=4", "fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
+    def test_shards_hold_the_right_values(self, tmp_path, layout, mesh):
         weights = write_tiny_checkpoint(tmp_path, tiny_config(), layout)
-        mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-        def placement(name, spec):
-            first = "a" if axis != "embed" else None
-            second = "b" if axis != "heads" and len(spec.shape) == 2 else None
-            return jax.NamedSharding(mesh, jax.P(first, second))
-
-        model = load_model(tmp_path, placement=placement)
+        model = load_model(tmp_path, mesh=mesh)
         assert_equal(values(model), weights)
+        sizes = set()
         for name, array in parameters(model).items():
             for shard in array.addressable_shards:
                 np.testing.assert_array_equal(np.asarray(shard.data), weights[name][shard.index])
+                sizes.add(array.size // shard.data.size)
+        assert max(sizes) == {"tensor=2": 2, "fsdp=4": 4, "fsdp=4,tensor=2": 8}.get(mesh, 4)
 
     def test_rows_that_cut_through_a_head_are_still_right(self, tmp_path):
         weights = write_tiny_checkpoint(tmp_path, tiny_config())
-        mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
-        model = load_model(tmp_path, placement=lambda name, spec: jax.NamedSharding(mesh, jax.P("a")))
+        rows_of_all = Rules.of("rows", {"heads": (), "kv_heads": ("fsdp",), "embed": ()})
+        model = load_model(tmp_path, mesh="fsdp=8", rules=rows_of_all)
         assert_equal(values(model), weights)
+        wk = parameters(model)["layers.0.attention.wk.weight"]
+        assert wk.addressable_shards[0].data.shape[0] < tiny_config().head_dim
 
     def test_a_shard_of_whole_heads_reads_no_other_bytes(self, tmp_path):
         write_tiny_checkpoint(tmp_path, tiny_config())

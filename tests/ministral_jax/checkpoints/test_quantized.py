@@ -94,13 +94,7 @@ def test_every_part_has_axes_to_be_sharded_along(tmp_path):
 
 def test_parts_are_read_into_their_shards(tmp_path):
     meant = write_quantized_checkpoint(tmp_path, tiny_config(n_layers=1), "mistral", CASES[0])
-    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def placement(name, spec):
-        axes = ["tensor" if axis in ("heads", "kv_heads") else None for axis in spec.axes]
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-
-    model = load_model(tmp_path, placement=placement)
+    model = load_model(tmp_path, mesh="tensor=2", rules="tensor")
     scale = parameters(model)["layers.0.attention.wq.weight_scale"]
     assert scale.addressable_shards[0].data.shape == (scale.shape[0] // 2,)
     name = "layers.0.attention.wq.weight"
