@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..neighbours import require_neighbour
-from . import chat, convert, demo, diff, generate, inspect, quantize, score
+from . import chat, convert, data, demo, diff, generate, inspect, quantize, score
 from .failures import run_guarded
+from .hosts import joined, leave
 from .output import log_as_notes, take_any_text
 
-_COMMANDS = (demo, chat, generate, score, inspect, convert, diff, quantize)
+_COMMANDS = (demo, chat, generate, score, inspect, convert, diff, quantize, data)
 
 _DESCRIPTION = """\
 The Mistral open-weight family in JAX.
@@ -48,10 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     take_any_text()
     with log_as_notes():
-        return run_guarded(lambda: _run(arguments), debug=arguments.debug)
+        code = run_guarded(lambda: _run(arguments), debug=arguments.debug)
+    leave(arguments, code)
+    return code
 
 
 def _run(arguments: argparse.Namespace) -> int:
     for package in ("infer", "train"):
         require_neighbour(package)
-    return arguments.run(arguments)
+    with joined(arguments):
+        return arguments.run(arguments)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mistral_common.exceptions import InvalidToolException, InvalidToolSchemaException, MistralCommonException
+from mistral_common.exceptions import InvalidToolException, InvalidToolSchemaException
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
     FinetuningAssistantMessage,
@@ -123,9 +123,8 @@ class SampleEncoder:
             self._remove_last_call_ids(normalized.messages)
             tokenized, pieces = _encode_apart(self._template, normalized)
         except REQUEST_FAILURES as error:
-            raise RecordError(
-                "chat", self._field_of(error, request, record), one_line(error), "what it allows"
-            ) from error
+            field = self._field_of(error, request, record)
+            raise RecordError("chat", field, one_line(error), _ALLOWED) from error
         last_only = record.only_last or (bool(record.tools) and self._tools_trained == "last")
         weights = self._weights(pieces, last_only)
         if not weights.any():
@@ -175,13 +174,13 @@ class SampleEncoder:
             exchange = [UserMessage(content="a"), AssistantMessage(content="b")]
             for place, tool in enumerate(request.tools or []):
                 alone: Any = ChatCompletionRequest(messages=exchange, tools=[tool])
-                if not _accepted(lambda alone=alone: self._validator.validate_request(alone)):
+                if _refusal(lambda alone=alone: self._validator.validate_request(alone)) is not None:
                     return f"{record.tools_field}[{place}]"
             return record.tools_field
         anywhere = get_validator(version, ValidationMode.agnostic)
         for end in range(1, len(request.messages) + 1):
             beginning: Any = request.messages[:end]
-            if not _accepted(lambda beginning=beginning: anywhere.validate_messages(beginning)):
+            if _refusal(lambda beginning=beginning: anywhere.validate_messages(beginning)) == str(error):
                 return record.messages[end - 1].field
         return record.messages_field
 
@@ -233,9 +232,10 @@ def _located(error: TokenizerError, record: ChatRecord) -> RecordError:
     return RecordError("chat", field, reason, _ALLOWED)
 
 
-def _accepted(check: Callable[[], object]) -> bool:
+def _refusal(check: Callable[[], object]) -> str | None:
+    """Why mistral-common refuses, or None where it does not."""
     try:
         check()
-    except (MistralCommonException, ValueError):
-        return False
-    return True
+    except REQUEST_FAILURES as error:
+        return str(error)
+    return None
