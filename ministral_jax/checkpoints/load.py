@@ -314,7 +314,7 @@ def _array(
         extents = [len(range(*part.indices(size))) for part, size in zip(index[stacked:], shape, strict=True)]
         out = aligned_empty((*parts.shape, *extents), dtype)
         for place in np.ndindex(parts.shape):
-            out[(*place, ...)] = read_one(sources[parts[place]], index[stacked:])
+            out[(*place, ...)] = read_one(sources[int(parts[place])], index[stacked:])
         return out
 
     if layout is None:

@@ -21,7 +21,7 @@ from ..quantization import LinearFormat
 from ..quantization.formats import COLUMNS, Part
 from ..quantization.fp8 import BLOCK
 from .json_pieces import shown
-from .layouts import ReadPlan, Source
+from .layouts import ReadPlan, Source, expert_parts, whole_module
 from .safetensors_header import DTYPE_NAMES, TensorInfo
 from .weight_files import WeightFiles
 
@@ -47,7 +47,7 @@ _SCALE_DTYPES = ("F32", "BF16", "F16", "F64")
 
 @dataclass(frozen=True)
 class QuantizedParts:
-    """What was found: projection -> format, and parameter -> tensor."""
+    """What was found: projection -> format, and parameter, of one expert if it is of experts, -> tensor."""
 
     formats: Mapping[str, LinearFormat]
     sources: Mapping[str, Source]
@@ -55,7 +55,9 @@ class QuantizedParts:
     def in_plan(self, plan: ReadPlan) -> ReadPlan:
         """The plan with the parts in place of the dense weights they stand for."""
         dense = {
-            name: source for name, source in plan.sources.items() if name.removesuffix(".weight") not in self.formats
+            name: source
+            for name, source in plan.sources.items()
+            if whole_module(name.removesuffix(".weight")) not in self.formats
         }
         return dataclasses.replace(plan, sources={**dense, **self.sources}, formats=self.formats)
 
@@ -85,25 +87,46 @@ def find_parts(
     missing, has another shape or dtype, or belongs to no quantised projection; ConfigError for activations that the
     format cannot round.
     """
-    formats: dict[str, LinearFormat] = {}
+    formats: dict[str, LinearFormat | None] = {}
     parts: dict[str, Source] = {}
     read: set[str] = set()
     if config.quantization is None:
-        return QuantizedParts(formats, parts)
+        return QuantizedParts({}, parts)
     for name, linear in linears.items():
-        source = sources[f"{name}.weight"]
-        module = source.name.removesuffix(".weight")
-        if not _is_quantized(module, files.tensors):
-            continue
-        stored = linear_format(config.quantization, activations)
-        if f"{module}.weight_absmax_scale" in files.tensors:
-            stored = dataclasses.replace(stored, double=True)
-        found = _Finder(files, module, stored, source.heads, config.head_dim).sources(linear.shape)
-        formats[name] = stored
-        parts |= {f"{name}.{part}": where for part, where in found.items()}
-        read |= {f"{module}.{spelling}" for spelling in _COMPANIONS}
+        for weight in expert_parts(f"{name}.weight", config):
+            source = sources[weight]
+            module = source.name.removesuffix(".weight")
+            stored = _stored(module, files, config.quantization, activations)
+            _require_alike(formats.setdefault(name, stored), stored, module, files)
+            if stored is not None:
+                finder = _Finder(files, module, stored, source.heads, config.head_dim)
+                parts |= {
+                    f"{weight.removesuffix('.weight')}.{part}": where
+                    for part, where in finder.sources(linear.shape).items()
+                }
+                read |= {f"{module}.{spelling}" for spelling in _COMPANIONS}
     _require_no_strays(files, {source.name.removesuffix(".weight") for source in sources.values()}, read)
-    return QuantizedParts(formats, parts)
+    return QuantizedParts({name: stored for name, stored in formats.items() if stored is not None}, parts)
+
+
+def _stored(
+    module: str, files: WeightFiles, quantization: QuantizationConfig, activations: Activations | None
+) -> LinearFormat | None:
+    """How the projection called `module` in the files is stored; None for a dense one."""
+    if not _is_quantized(module, files.tensors):
+        return None
+    double = f"{module}.weight_absmax_scale" in files.tensors
+    return dataclasses.replace(linear_format(quantization, activations), double=double)
+
+
+def _require_alike(first: LinearFormat | None, stored: LinearFormat | None, module: str, files: WeightFiles) -> None:
+    """The experts of a layer are one array, in one format."""
+    if first != stored:
+        names = [found.format if found else "dense" for found in (stored, first)]
+        raise CheckpointError(
+            f"{files.source}: {shown(module)} is {names[0]}, but other experts of its layer are {names[1]}: "
+            "expected all of them alike"
+        )
 
 
 def linear_format(quantization: QuantizationConfig, activations: Activations | None) -> LinearFormat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ import numpy as np
 from ..config import ModelConfig
 from ..config_files import CONFIG_FILE_NAMES, Layout, write_config_json, write_params_json
 from ..row_order import interleaved_rows
-from .layouts import HEAD, HF_HEADS, hf_name, mistral_source
+from .layouts import HEAD, HF_HEADS, expert_parts, fused_hf_name, hf_name, mistral_name, mistral_source
 from .safetensors_writer import TensorSpec, write_sharded
 from .weight_files import STEMS, is_weight_file
 
 # The size that transformers writes by default.
 MAX_SHARD_BYTES = 50 * 10**9
+
+Where = tuple[str, int | None]  # a parameter, and which expert of it
 
 
 def save_mistral(
@@ -35,14 +37,16 @@ def save_mistral(
     is written, and the config says so. An existing checkpoint is replaced, each file when its successor is complete.
     """
     folder = _made(directory)
-    heads = {name: mistral_source(name, config).heads for name in arrays}
+    parts = {part: where for name in arrays for part, where in _by_expert(name, config).items()}
+    sources = {mistral_source(part, config): where for part, where in parts.items()}
+    specs = {source.name: _spec(_part(arrays, where), dtype) for source, where in sources.items()}
+    named = {source.name: (source.heads, where) for source, where in sources.items()}
 
     def produce(name: str) -> np.ndarray:
-        rows = np.asarray(arrays[name])
-        n_heads = heads[name]
+        n_heads, where = named[name]
+        rows = np.asarray(_part(arrays, where))
         return (interleaved_rows(rows, n_heads) if n_heads else rows).astype(specs[name].dtype, copy=False)
 
-    specs = {name: _spec(array, dtype) for name, array in arrays.items()}
     written = write_sharded(folder, STEMS["mistral"], specs, produce, max_shard_bytes=max_shard_bytes)
     _remove_others(folder, "mistral", written)
     write_params_json(dataclasses.replace(config, vision=None), folder / CONFIG_FILE_NAMES["mistral"])
@@ -58,17 +62,46 @@ def save_hf(
 ) -> None:
     """Writes `config.json` and `model.safetensors`, as `save_mistral` does its own files."""
     folder = _made(directory)
-    parameter_of = {HF_HEADS[0] if name == HEAD else hf_name(name): name for name in arrays}
+    named = _hf_tensors(arrays, config)
+    specs = {name: _spec(arrays[where[0][0]], dtype, shape) for name, (shape, where) in named.items()}
 
     def produce(name: str) -> np.ndarray:
-        return np.asarray(arrays[parameter_of[name]]).astype(specs[name].dtype, copy=False)
+        pieces = [np.asarray(_part(arrays, where)) for where in named[name][1]]
+        whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-2)
+        return whole.astype(specs[name].dtype, copy=False)
 
-    specs = {name: _spec(arrays[parameter], dtype) for name, parameter in parameter_of.items()}
     # transformers refuses a file that does not say which framework's layout it has.
     metadata = {"format": "pt"}
     written = write_sharded(folder, STEMS["hf"], specs, produce, max_shard_bytes=max_shard_bytes, metadata=metadata)
     _remove_others(folder, "hf", written)
     write_config_json(dataclasses.replace(config, vision=None), folder / CONFIG_FILE_NAMES["hf"])
+
+
+def _by_expert(name: str, config: ModelConfig) -> dict[str, Where]:
+    """What files call parts of a parameter -> where they are in it."""
+    parts = expert_parts(name, config)
+    return {part: (name, None if parts == [name] else expert) for expert, part in enumerate(parts)}
+
+
+def _part(arrays: Mapping[str, Any], where: Where) -> Any:
+    name, expert = where
+    return arrays[name] if expert is None else arrays[name][expert]
+
+
+def _hf_tensors(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, tuple[tuple[int, ...], Sequence[Where]]]:
+    """Tensor -> its shape, and what it holds: with latent attention all experts, w3 behind w1."""
+    tensors: dict[str, tuple[tuple[int, ...], Sequence[Where]]] = {}
+    for name, array in arrays.items():
+        layer, experts, part = name.removesuffix(".weight").partition(".feed_forward.experts.")
+        if experts and config.latent:
+            (n_experts, rows, columns), fused = array.shape, fused_hf_name(layer, part)
+            whole = [(f"{layer}{experts}{w}.weight", None) for w in (("w2",) if part == "w2" else ("w1", "w3"))]
+            tensors[fused] = (n_experts, rows * len(whole), columns), whole
+            continue
+        for expert_name, where in _by_expert(name, config).items():
+            target = HF_HEADS[0] if name == HEAD else hf_name(mistral_name(expert_name, config))
+            tensors[target] = tuple(_part(arrays, where).shape), [where]
+    return tensors
 
 
 def _made(directory: str | Path) -> Path:
@@ -86,5 +119,5 @@ def _remove_others(folder: Path, layout: Layout, written: list[Path]) -> None:
             path.unlink()
 
 
-def _spec(array: Any, dtype: str | None) -> TensorSpec:
-    return TensorSpec(np.dtype(jnp.dtype(dtype or array.dtype)), tuple(array.shape))
+def _spec(array: Any, dtype: str | None, shape: tuple[int, ...] | None = None) -> TensorSpec:
+    return TensorSpec(np.dtype(jnp.dtype(dtype or array.dtype)), tuple(array.shape) if shape is None else shape)
