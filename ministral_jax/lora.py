@@ -49,12 +49,12 @@ class LoraConfig:
 
     targets: tuple[str, ...] = PROJECTIONS
     rank: int = 16
-    alpha: float | None = None
-    scaling: float | None = None
+    alpha: float | int | None = None
+    scaling: float | int | None = None
     rslora: bool = False
     dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(HF_PROJECTIONS.get(name, name) for name in self.targets))
@@ -103,12 +103,12 @@ def hf_module(module: str) -> str:
     return f"model.layers.{number}.{HF_PARTS.get(part, part)}"
 
 
-def _require_rank(name: str, value: float) -> None:
+def _require_rank(name: str, value: float | int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"lora.{name}={value!r}: expected a whole number from 1 up")
 
 
-def _require_positive(name: str, value: float | None) -> None:
+def _require_positive(name: str, value: float | int | None) -> None:
     if value is not None and not (math.isfinite(value) and value > 0):
         raise ConfigError(f"lora.{name}={value!r}: expected a number above 0")
 
