@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ..config import ModelConfig
@@ -25,7 +25,7 @@ logger = logging.getLogger("ministral_jax")
 class Layout:
     """Where arrays with logical axes lie: `rules` applied to `mesh`, whose axes are MESH_AXES."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: Rules
 
     @property
@@ -78,7 +78,7 @@ def weight_axes(spec: ParameterSpec, layout: Layout) -> tuple[str | None, ...]:
     )
 
 
-def layout_for(config: ModelConfig, mesh: Mesh, rules: Rules | str = "all") -> Layout:
+def layout_for(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules | str = "all") -> Layout:
     """The layout of a model on a mesh, after checking that its heads and widths divide.
 
     Key heads fewer than the `tensor` axis are repeated, each on as many devices as it takes, which is logged. Raises
