@@ -98,8 +98,8 @@ def _blocks(
     shape = Shape(window, scale, min(QUERY_BLOCK, T), min(KEY_BLOCK, S), T, S)
     positions = Positions(
         jnp.asarray(query_offset, jnp.int32),
-        _pad(_or_zeros(query_segments, (B, T)), 1, shape.query_block),
-        _pad(_or_zeros(key_segments, (B, S)), 1, shape.key_block),
+        _pad(_or_zeros(query_segments, (B, T)), 1, shape.query_block, mode="edge"),
+        _pad(_or_zeros(key_segments, (B, S)), 1, shape.key_block, mode="edge"),
     )
     return shape, positions
 
@@ -124,10 +124,10 @@ def _or_zeros(segments: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Int
     return jnp.zeros(shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
 
 
-def _pad(x: Array, axis: int, multiple: int) -> Array:
+def _pad(x: Array, axis: int, multiple: int, mode: str = "constant") -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
-    return jnp.pad(x, widths)
+    return jnp.pad(x, widths, mode=mode)
 
 
 def _slice(x: Array, start: Array | int, size: int, axis: int) -> Array:
@@ -146,9 +146,18 @@ def _block_mask(
 
 
 def _bounds(shape: Shape, positions: Positions, q_start: Array) -> tuple[Array, Array]:
+    """Half-open range of the key blocks that a query block visits: what its positions see, and its segments are in."""
     first = positions.offset + q_start
     last = positions.offset + jnp.minimum(q_start + shape.query_block, shape.n_queries) - 1
-    return key_block_bounds(first, last, shape.n_keys, shape.key_block, shape.window)
+    start, stop = key_block_bounds(first, last, shape.n_keys, shape.key_block, shape.window)
+    queries = _slice(positions.query_segments, q_start, shape.query_block, 1)  # [B, query_block]
+    keys = positions.key_segments.reshape(len(queries), -1, shape.key_block)  # [B, blocks, key_block]
+    lowest, highest = queries.min(axis=1, keepdims=True), queries.max(axis=1, keepdims=True)
+    meets = (keys.min(axis=-1) <= highest) & (keys.max(axis=-1) >= lowest)  # [B, blocks]
+    at = jnp.arange(keys.shape[1], dtype=jnp.int32)
+    inside = meets.any(axis=0) & (at >= start) & (at < stop)
+    end = keys.shape[1] - jnp.argmax(inside[::-1]).astype(jnp.int32)
+    return jnp.argmax(inside).astype(jnp.int32), jnp.where(inside.any(), end, 0)
 
 
 def _scores(shape: Shape, q: Array, k: Array, mask: Array) -> Float[Array, "B K G query_block key_block"]:
