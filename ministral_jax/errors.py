@@ -25,5 +25,9 @@ class ShardingError(MinistralError):
     """A mesh or a layout that does not fit the model or the devices that are there."""
 
 
+class HostsError(MinistralError):
+    """Processes on several hosts that do not come together, differ, or lose one of them."""
+
+
 class NotYetError(MinistralError):
     """A published model or format that is recognised but whose layers are not built yet."""

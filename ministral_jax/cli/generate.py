@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import Commands, add_cache, add_model, add_sampling, new_command, sampling_params, token_ids, whole
 from .failures import UsageError
+from .hosts import add_hosts
 from .models import OpenModel, open_model
 from .output import note_to_people, waiting, write, write_json
 from .texts import read_text
@@ -38,6 +39,7 @@ def add_command(commands: Commands) -> None:
     parser = new_command(commands, "generate", "continue prompts, text or token ids", _DESCRIPTION, _EXAMPLE)
     parser.set_defaults(run=run)
     add_model(parser)
+    add_hosts(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--prompt", action="append", metavar="TEXT", help="to continue; `-` reads stdin; several make a batch"

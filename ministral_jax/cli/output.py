@@ -14,8 +14,22 @@ from typing import Any
 SHOW_AFTER_SECONDS = 2.0
 
 
+_only_trouble = False
+
+
+def speak_only_of_trouble() -> None:
+    """From now on shows warnings and failures alone, as every process but the first of several does."""
+    global _only_trouble
+    _only_trouble = True
+
+
 def note(message: str) -> None:
     """A line on stderr that is no failure."""
+    if not _only_trouble:
+        _say(message)
+
+
+def _say(message: str) -> None:
     print(f"ministral: {message}", file=sys.stderr, flush=True)
 
 
@@ -29,7 +43,8 @@ class _Notes(logging.Handler):
     """Log records as notes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        if record.levelno >= logging.WARNING or not _only_trouble:
+            _say(record.getMessage())
 
 
 def take_any_text() -> None:
@@ -62,6 +77,16 @@ def write(text: str) -> None:
     """Text to stdout, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def size(n_bytes: int) -> str:
+    """Bytes in the largest binary unit that leaves a number of at least one."""
+    amount, unit = float(n_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:,.2f} {unit}" if unit != "B" else f"{n_bytes} B"
 
 
 def write_json(document: Any) -> None:

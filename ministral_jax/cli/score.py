@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MinistralError, RequestError
 from .arguments import Commands, add_model, new_command, token_ids
+from .hosts import add_hosts
 from .models import OpenModel, open_model
 from .output import waiting, write, write_json
 from .texts import read_text
@@ -38,6 +39,7 @@ def add_command(commands: Commands) -> None:
     parser = new_command(commands, "score", "log-probability of each token, perplexity", _DESCRIPTION, _EXAMPLE)
     parser.set_defaults(run=run)
     add_model(parser)
+    add_hosts(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ids", type=token_ids, metavar="A,B,C", help="token ids to score")
     what.add_argument("--text", help="text to score")
