@@ -24,10 +24,11 @@ from ..linear import projections
 from ..parameters import ParameterSpec, fill, parameter_specs
 from ..row_order import half_split_rows
 from ..sharding.layout import Layout, layout_for
-from ..sharding.meshes import make_mesh
+from ..sharding.meshes import mesh_for
 from ..sharding.rules import Rules
 from ..stacked import LAYERS, StackedTransformer
 from ..transformer import Transformer
+from .adapters import attach_adapter, read_adapter
 from .hub import resolve
 from .json_pieces import shown
 from .layouts import EMBEDDINGS, HEAD, Entry, ReadPlan, Source, expert_parts, is_vision, plan_reading, whole_module
@@ -58,6 +59,7 @@ def load(
     vision: bool = True,
     mesh: Mesh | str | None = None,
     rules: Rules | str = "all",
+    adapter: str | Path | None = None,
 ) -> Transformer:
     """The model in a folder, or of a hub id such as "mistralai/Ministral-8B-Instruct-2410", ready to run.
 
@@ -72,6 +74,7 @@ def load(
         vision=vision,
         mesh=mesh,
         rules=rules,
+        adapter=adapter,
     )
 
 
@@ -86,6 +89,7 @@ def load_model(
     vision: bool = True,
     mesh: Mesh | str | None = None,
     rules: Rules | str = "all",
+    adapter: str | Path | None = None,
     stacked: Literal[False] = False,
 ) -> Transformer: ...
 
@@ -101,6 +105,7 @@ def load_model(
     vision: bool = True,
     mesh: Mesh | str | None = None,
     rules: Rules | str = "all",
+    adapter: str | Path | None = None,
     stacked: Literal[True],
 ) -> StackedTransformer: ...
 
@@ -115,6 +120,7 @@ def load_model(
     vision: bool = True,
     mesh: Mesh | str | None = None,
     rules: Rules | str = "all",
+    adapter: str | Path | None = None,
     stacked: bool = False,
 ) -> Transformer | StackedTransformer:
     """Reads the checkpoint in `directory`, in either layout; its arrays own their memory.
@@ -124,16 +130,18 @@ def load_model(
     `catalog.WINDOW_PATTERNS`, or a list that is repeated over the layers. `activations` of quantised projections are
     rounded as their format says (None); "quantized" insists on it, "plain" leaves them alone. `vision=False` leaves
     out what reads images, as does `stacked`. `mesh` spreads the model over devices by `rules`, one of
-    sharding.rules.RULES or your own: a mesh of sharding.meshes, or text such as "fsdp=4,tensor=2". Each device then
+    sharding.rules.RULES or your own: a mesh of sharding.meshes, or text such as "fsdp=4,tensor=2" or "auto". Each device then
     reads only the bytes of its shard; without it everything goes to the default device. `stacked` gives the model for
-    training, each layer read into its place in a stack.
-    Raises MinistralError in one line.
+    training, each layer read into its place in a stack. `adapter` is a folder with one, of either layout, that is put
+    on the model. Raises MinistralError in one line.
     """
     folder = Path(directory)
     config = read_config(folder, windows=windows)
     layout = None
     if mesh is not None:
-        layout = layout_for(config, make_mesh(mesh) if isinstance(mesh, str) else mesh, rules)
+        devices = mesh_for(mesh, config, training=stacked) if isinstance(mesh, str) else mesh
+        layout = layout_for(config, devices, rules)
+    lora = None if adapter is None else read_adapter(adapter, config)  # the small files first
     with WeightFiles(folder, detect_layout(folder)) as files:
         config = with_decided_vision(config, files, wanted=vision and not stacked)
         plan = match_tensors(files, config, activations)
@@ -153,11 +161,13 @@ def load_model(
         def parts_of(names: Sequence[str]) -> list[Source]:
             return [sources[part] for name in names for part in expert_parts(name, config)]
 
-        if not stacked:
-            return fill(abstract, lambda name, spec: _array(files, parts_of([name]), name, spec, layout))
-        model = StackedTransformer(abstract)
-        names = model.pattern.names
-        return fill(model, lambda name, spec: _array(files, parts_of(names(name)), name, spec, layout))
+        model = StackedTransformer(abstract) if stacked else abstract
+        names = model.pattern.names if isinstance(model, StackedTransformer) else lambda name: [name]
+        model = fill(model, lambda name, spec: _array(files, parts_of(names(name)), name, spec, layout))
+    if lora is not None:
+        attach_adapter(model, lora)
+        logger.info("%s: %s", lora.folder, lora.summary())
+    return model
 
 
 def match_tensors(files: WeightFiles, config: ModelConfig, activations: Activations | None = None) -> ReadPlan:

@@ -52,6 +52,7 @@ def add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
         help="of weights and cache (default: auto, the checkpoint's on accelerators and float32 on CPU)",
     )
     if weights:
+        add_mesh(group)
         group.add_argument(
             "--max-length",
             type=positive,
@@ -64,6 +65,23 @@ def add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
             help="between quantised weights: plain leaves them alone, quantized insists on rounding them (default: as "
             "the weights' format says)",
         )
+
+
+def add_mesh(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Over which devices, and how."""
+    parser.add_argument(
+        "--mesh",
+        metavar="SIZES",
+        help="spread the model over devices: fsdp=4,tensor=2, with * for those that are left, or auto (default: one "
+        "device)",
+    )
+    parser.add_argument(
+        "--rules",
+        default="all",
+        metavar="NAME",
+        help="what is split along which axis of the mesh: all, data, tensor, fsdp, fsdp+tensor, expert, context "
+        "(default: all)",
+    )
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError, NotYetError, RequestError
-from .arguments import Commands, add_cache, add_model, new_command, positive
+from .arguments import Commands, add_cache, add_mesh, add_model, new_command, positive
+from .mesh_plan import MeshPlan, detected_memory, show_mesh_plan
 from .models import parse_windows
-from .output import write, write_json
+from .output import size, write, write_json
 
 if TYPE_CHECKING:
-    from ..config import ModelConfig
+    from ..config import ModelConfig, VisionConfig
     from ..memory import MemoryPlan
 
 _DESCRIPTION = """\
@@ -30,7 +31,8 @@ headers; no weights are read."""
 _EXAMPLE = """\
 example:
   ministral inspect ministral-8b-instruct-2410 --context 131072 --batch 4
-  ministral inspect ./Ministral-8B --json"""
+  ministral inspect ./Ministral-8B --json
+  ministral inspect ministral-8b-instruct-2410 --mesh fsdp=4,tensor=2 --device-memory v5e"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ def add_command(commands: Commands) -> None:
     )
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
     add_cache(parser)
+    add_mesh(parser)
+    parser.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="of one device: 16GB, or a name such as v5e, v6e, h100, h200 (default: that of the devices here)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,10 +88,13 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = _choose_dtype(arguments.dtype, files)
     cache_dtype = arguments.cache_dtype or dtype
     plan = plan_memory(subject.config, length=arguments.context, batch=arguments.batch, cache_dtype=cache_dtype)
+    mesh = _plan_mesh(arguments, subject.config, dtype, cache_dtype)
     if arguments.json:
-        write_json(_document(subject, files, dtype, plan))
+        write_json(_document(subject, files, dtype, plan, mesh))
     else:
         _show(subject, files, dtype, plan)
+        if mesh is not None:
+            show_mesh_plan(mesh)
     if files is not None and files.mismatch:
         raise CheckpointError(files.mismatch)
     return 0
@@ -111,7 +122,7 @@ def _find(arguments: argparse.Namespace) -> Subject:
 
 def _report_files(folder: Path, config: ModelConfig) -> FilesReport | None:
     """What the headers of the folder's weight files say; None where it has none. Damaged ones are an error."""
-    from ..checkpoints.load import match_tensors
+    from ..checkpoints.load import match_tensors, with_decided_vision
     from ..checkpoints.safetensors_header import DTYPE_NAMES
     from ..checkpoints.weight_files import WeightFiles, is_weight_file
     from ..config_files import detect_layout
@@ -126,7 +137,7 @@ def _report_files(folder: Path, config: ModelConfig) -> FilesReport | None:
         names = sorted({files.path_of(name).name for name in files.tensors})
         report = FilesReport(tuple(names), len(files.tensors), dict(sizes))
         try:
-            match_tensors(files, config)
+            match_tensors(files, with_decided_vision(config, files))
         except CheckpointError as error:
             return dataclasses.replace(report, mismatch=str(error))
         except NotYetError as error:
@@ -142,8 +153,33 @@ def _choose_dtype(asked: str, files: FilesReport | None) -> str:
     return {"F32": "float32", "F16": "float16"}.get(stored, "bfloat16")
 
 
-def _document(subject: Subject, files: FilesReport | None, dtype: str, plan: MemoryPlan) -> dict[str, Any]:
+def _plan_mesh(arguments: argparse.Namespace, config: ModelConfig, dtype: str, cache_dtype: str) -> MeshPlan | None:
+    if arguments.mesh is None:
+        return None
+    from ..sharding.meshes import parse_mesh
+    from ..sharding.plan import abstract_layout, parse_memory, plan_sharding
+
+    memory = None if arguments.device_memory is None else parse_memory(arguments.device_memory)
+    if arguments.mesh == "auto":
+        import jax
+
+        from ..sharding.meshes import default_sizes
+
+        sizes = default_sizes(config, len(jax.devices()))
+    else:
+        sizes = parse_mesh(arguments.mesh)
+    layout = abstract_layout(config, sizes, arguments.rules)
+    plan = plan_sharding(
+        config, layout, dtype=dtype, cache_dtype=cache_dtype, batch=arguments.batch, length=arguments.context
+    )
+    return MeshPlan(plan, memory if memory is not None else detected_memory())
+
+
+def _document(
+    subject: Subject, files: FilesReport | None, dtype: str, plan: MemoryPlan, mesh: MeshPlan | None
+) -> dict[str, Any]:
     return {
+        "mesh": None if mesh is None else mesh.to_json(),
         "model": subject.name,
         "source": subject.source,
         "config": dataclasses.asdict(subject.config),
@@ -159,7 +195,7 @@ def _show(subject: Subject, files: FilesReport | None, dtype: str, plan: MemoryP
         ("architecture", _architecture(subject.config)),
         ("parameters", _parameters(plan)),
         ("files", [] if files is None else _files(files)),
-        ("weights, in bytes", [(name, _size(n_bytes)) for name, n_bytes in plan.weight_bytes.items()]),
+        ("weights, in bytes", [(name, size(n_bytes)) for name, n_bytes in plan.weight_bytes.items()]),
         (f"memory in {dtype}, for {plan.batch} x {plan.length:,} tokens", _memory(subject.config, dtype, plan)),
     ]
     for title, rows in sections:
@@ -190,10 +226,18 @@ def _special_parts(config: ModelConfig) -> list[tuple[str, str]]:
         used = f"{moe.experts_per_token} for a token and {moe.n_shared_experts} for all"
         rows.append(("experts", f"{moe.n_experts} of {moe.expert_hidden_dim}: {used}"))
     if vision:
-        rows.append(("vision", f"{vision.n_layers} layers of width {vision.dim}, not read yet"))
+        rows.append(("vision", _vision(vision)))
     if stored:
         rows.append(("quantised", f"{stored.format}, activations {stored.activations}"))
     return rows
+
+
+def _vision(vision: VisionConfig) -> str:
+    side = -(-vision.image_size // (vision.patch_size * vision.spatial_merge_size))
+    return (
+        f"{vision.n_layers} layers of width {vision.dim}, patches of {vision.patch_size}; up to {side} x {side} tokens "
+        "an image"
+    )
 
 
 def _group(window: int | None, n_layers: int) -> str:
@@ -217,7 +261,7 @@ def _parameters(plan: MemoryPlan) -> list[tuple[str, str]]:
 
 def _files(files: FilesReport) -> list[tuple[str, str]]:
     first = files.names[0] if len(files.names) == 1 else f"{len(files.names)} files, {files.names[0]} the first"
-    stored = ", ".join(f"{name} {_size(n_bytes)}" for name, n_bytes in files.bytes_by_dtype.items())
+    stored = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in files.bytes_by_dtype.items())
     unclear = f"not compared: {files.not_compared}" if files.not_compared else "fit the config"
     verdict = f"do not fit the config: {files.mismatch}" if files.mismatch else unclear
     return [("in", first), ("tensors", f"{files.tensors}: {stored}"), ("they", verdict)]
@@ -226,21 +270,11 @@ def _files(files: FilesReport) -> list[tuple[str, str]]:
 def _memory(config: ModelConfig, dtype: str, plan: MemoryPlan) -> list[tuple[str, str]]:
     stored = config.quantization.format if config.quantization else None
     weights = plan.weight_bytes[stored or ("float32" if dtype == "float32" else "bfloat16")]
-    rows = [("weights", _size(weights) + (f", projections in {stored}" if stored else ""))]
+    rows = [("weights", size(weights) + (f", projections in {stored}" if stored else ""))]
     for group in plan.groups:
         pages = f"{group.pages:,} pages of {plan.page_size} tokens"
-        rows.append(("cache", f"{_size(group.n_bytes)}; {_group(group.window, len(group.layers))}: {pages}"))
-    saved = f"{_size(plan.cache_bytes)}; {_size(plan.full_cache_bytes)} if every layer were full"
+        rows.append(("cache", f"{size(group.n_bytes)}; {_group(group.window, len(group.layers))}: {pages}"))
+    saved = f"{size(plan.cache_bytes)}; {size(plan.full_cache_bytes)} if every layer were full"
     if plan.cache_bytes != plan.full_cache_bytes:
         rows.append(("cache in all", saved))
-    return [*rows, ("together", f"{_size(weights + plan.cache_bytes)}, activations not counted")]
-
-
-def _size(n_bytes: int) -> str:
-    """Bytes in the largest binary unit that leaves a number of at least one."""
-    amount, unit = float(n_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024:
-            break
-        amount, unit = amount / 1024, larger
-    return f"{amount:,.2f} {unit}" if unit != "B" else f"{n_bytes} B"
+    return [*rows, ("together", f"{size(weights + plan.cache_bytes)}, activations not counted")]

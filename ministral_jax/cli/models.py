@@ -48,13 +48,22 @@ def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse) -> Ope
     from ..checkpoints.hub import resolve
     from ..checkpoints.load import load_model
     from ..compilation import keep_compiled_programs
+    from ..sharding.agreement import require_same_model
 
     windows = None if arguments.windows is None else parse_windows(arguments.windows)
     folder = resolve(arguments.model, arguments.revision)
     words = None if tokenizer == "not used" else _open_tokenizer(folder, needed=tokenizer == "needed")
+    require_same_model(folder, windows)
     keep_compiled_programs()
     with waiting(f"loading {folder}"):
-        model = load_model(folder, dtype=arguments.dtype, windows=windows, activations=arguments.activations)
+        model = load_model(
+            folder,
+            dtype=arguments.dtype,
+            windows=windows,
+            activations=arguments.activations,
+            mesh=arguments.mesh,
+            rules=arguments.rules,
+        )
     longest = model.config.max_length
     if arguments.max_length is not None and arguments.max_length > longest:
         raise RequestError(f"--max-length {arguments.max_length}: expected at most {longest}, the model's context")

@@ -119,3 +119,8 @@ def default_sizes(config: ModelConfig, n_devices: int, *, training: bool = False
         sizes["fsdp"], left = left, 1
     sizes["data"] = left
     return sizes
+
+
+def mesh_for(text: str, config: ModelConfig, *, training: bool = False) -> Mesh:
+    """The mesh that `text` describes, over the devices that are there; "auto" is `default_sizes`."""
+    return make_mesh(default_sizes(config, len(jax.devices()), training=training) if text == "auto" else text)
