@@ -1,10 +1,11 @@
 """Conversion against a plain copy of the same bytes, in the same run: seconds, GB/s, their ratio, and peak memory.
 
-    python benchmarks/convert.py [--gigabytes 4] [--repeats 3] [--folder /tmp] [--smoke]
+    python benchmarks/convert.py [--gigabytes 4] [--repeats 3] [--folder /tmp] [--orbax] [--smoke]
 
 Writes a synthetic checkpoint in the mistral layout, then in turn copies its file (read and write of 2 MiB, fsync) and
 converts it to the HF layout, in one file as the copy is (queries and keys reordered, SHA-256 of all that is written,
 fsync), each in a process of its own, which reports its memory. Needs twice the size free. The page cache is warm.
+With --orbax, it is also converted to orbax once, and from there to the HF layout; needs three times the size.
 """
 
 from __future__ import annotations
@@ -112,19 +113,22 @@ def run_side(side: str, source: Path, target: Path) -> None:
         return
     from ministral_jax.checkpoints.conversion.convert import convert
 
-    print(json.dumps(measured(lambda: convert(source, target, to="hf", max_shard_bytes=2**60))))
+    to = "orbax" if side == "orbax" else "hf"
+    print(json.dumps(measured(lambda: convert(source, target, to=to, max_shard_bytes=2**60))))
 
 
-def in_own_process(side: str, source: Path, target: Path) -> dict[str, float]:
+def in_own_process(side: str, source: Path, target: Path, *, keep: bool = False) -> dict[str, float]:
+    """What was measured of one side; removes what it wrote, unless it is to be kept."""
     command = [sys.executable, __file__, "--side", side, "--source", str(source), "--target", str(target)]
     root = str(Path(__file__).parent.parent)
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": root})
-    shutil.rmtree(target)
+    if not keep:
+        shutil.rmtree(target)
     return json.loads(ran.stdout)
 
 
-def compare(folder: Path, gigabytes: float, repeats: int) -> dict[str, object]:
-    """Both sides in turn, `repeats` times; the fastest of each."""
+def compare(folder: Path, gigabytes: float, repeats: int, *, orbax: bool) -> dict[str, object]:
+    """Both sides in turn, `repeats` times; the fastest of each. With `orbax`, there and from there once."""
     source, target = folder / "source", folder / "target"
     largest = write_source(source, gigabytes)
     n_bytes = (source / "consolidated.safetensors").stat().st_size
@@ -132,6 +136,10 @@ def compare(folder: Path, gigabytes: float, repeats: int) -> dict[str, object]:
     for _ in range(repeats):
         for side, results in runs.items():
             results.append(in_own_process(side, source, target))
+    through_orbax = {}
+    if orbax:
+        through_orbax["to"] = in_own_process("orbax", source, folder / "orbax", keep=True)
+        through_orbax["from"] = in_own_process("convert", folder / "orbax", target)
     seconds = {side: min(run["seconds"] for run in results) for side, results in runs.items()}
     peak = max(run["peak_bytes"] for run in runs["convert"])
     return {
@@ -145,6 +153,7 @@ def compare(folder: Path, gigabytes: float, repeats: int) -> dict[str, object]:
         "peak_bytes": peak,
         "allowed_bytes": largest + ALLOWANCE,
         "VmHWM": max(run["VmHWM"] for run in runs["convert"]),
+        "orbax": through_orbax,
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
@@ -166,6 +175,11 @@ def show(result: dict) -> None:
         f"peak anonymous and shared {result['peak_bytes'] / 1e6:.0f} MB, allowed {result['allowed_bytes'] / 1e6:.0f}, "
         f"VmHWM {result['VmHWM'] / 1e6:.0f} MB"
     )
+    for side, run in result["orbax"].items():
+        print(
+            f"{side} orbax: {run['seconds']:.2f} s, peak anonymous and shared {run['peak_bytes'] / 1e6:.0f} MB, "
+            f"VmHWM {run['VmHWM'] / 1e6:.0f} MB"
+        )
 
 
 def main() -> None:
@@ -173,8 +187,9 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the temporary one)")
+    parser.add_argument("--orbax", action="store_true", help="to orbax and from it, too")
     parser.add_argument("--smoke", action="store_true", help="20 MB, once, nothing kept")
-    parser.add_argument("--side", choices=("copy", "convert"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=("copy", "convert", "orbax"), help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -183,7 +198,7 @@ def main() -> None:
         return
     gigabytes, repeats = (0.02, 1) if arguments.smoke else (arguments.gigabytes, arguments.repeats)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        result = compare(Path(folder), gigabytes, repeats)
+        result = compare(Path(folder), gigabytes, repeats, orbax=arguments.orbax)
     show(result)
     if not arguments.smoke:
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")

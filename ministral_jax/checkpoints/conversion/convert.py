@@ -9,7 +9,6 @@ The result gets its name only when it is whole. A run that was killed is taken u
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ def convert(
     discards what another conversion left unfinished. `verify` reads everything again and compares before the result
     gets its name. `dry_run` plans alone and writes nothing.
 
-    Memory stays below about 100 MB, the interpreter's own included; for orbax see docs/checkpoints.md. Raises
+    Memory stays below about 100 MB, the interpreter's own included, with orbax below 400 MB. Raises
     MinistralError in one line; what was written so far then stays in `target.partial`, for the next run to take up.
     """
     folder, destination = resolve(source, revision), Path(target).expanduser().absolute()
@@ -153,7 +152,7 @@ def _write(plan: Plan, staging: Staging, progress: Progress) -> None:
         sha256 = write_streamed(staging.folder / file, chosen, chunks, plan.metadata)
         staging.record(file, FileRecord((staging.folder / file).stat().st_size, sha256))
     if plan.to == "orbax":
-        write_orbax(staging.folder, specs, functools.partial(_whole, plan, chunks))
+        write_orbax(staging.folder, specs, chunks)
     for path in plan.carried:
         _copy(path, staging.folder / path.name)
     for name, document in plan.documents.items():
@@ -165,17 +164,6 @@ def _target_pieces(plan: Plan, pieces: Pieces, name: str) -> Iterator[np.ndarray
     target = plan.targets[name]
     for part in target.parts:
         yield from pieces.of(part, interleaved=plan.to == "mistral", dtype=target.spec.dtype)
-
-
-def _whole(plan: Plan, chunks: Callable[[str], Iterator[np.ndarray]], name: str) -> np.ndarray:
-    """A target tensor in memory, which orbax asks for."""
-    spec = plan.targets[name].spec
-    whole, at = np.empty(spec.shape, spec.dtype), 0
-    flat = whole.reshape(-1)
-    for piece in chunks(name):
-        flat[at : at + piece.size] = piece
-        at += piece.size
-    return whole
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ orbax is imported when something is written or opened; it is an optional depende
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +21,11 @@ from ..json_pieces import shown
 from ..safetensors_writer import TensorSpec
 
 FOLDER = "orbax"
-# Tensors are committed to disk together up to this size: a small one takes 40 ms alone.
+# What is on its way to disk at one time: small tensors together, as each commit takes 40 ms, or rows of a large one.
 GROUP_BYTES = 64 * 2**20
-# orbax compresses, and decompresses, whole chunks; those of a few rows are kept for the rows that follow.
+# Chunks are whole rows, and are compressed and decompressed as one; a few are kept for the rows that follow.
 CHUNK_BYTES = 8 * 2**20
-CACHE_BYTES = 128 * 2**20
+CACHE_BYTES = 64 * 2**20
 
 
 def is_orbax(folder: Path) -> bool:
@@ -109,17 +110,44 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 
 class _Coming:
-    """A tensor that is made when orbax comes to write it."""
+    """A tensor that is read when orbax comes to write it, a run of rows after the other."""
 
-    def __init__(self, spec: TensorSpec, make: Callable[[], np.ndarray]) -> None:
-        self.shape, self.dtype, self.make = spec.shape, spec.dtype, make
-        self.ndim, self.size, self.nbytes = len(spec.shape), math.prod(spec.shape), spec.n_bytes
+    def __init__(self, spec: TensorSpec, pieces: Callable[[], Iterator[np.ndarray]]) -> None:
+        self.shape, self.dtype, self.nbytes = spec.shape, spec.dtype, spec.n_bytes
+        self.ndim, self.size = len(spec.shape), math.prod(spec.shape)
+        self._pieces = pieces
+
+    def chunk_rows(self) -> int:
+        """Rows of which a chunk is made."""
+        return max(1, CHUNK_BYTES * self.shape[0] // self.nbytes)
+
+    def slabs(self) -> Iterator[np.ndarray]:
+        """The rows, some whole chunks at a time, each slab in memory of its own."""
+        chunk = self.chunk_rows()
+        row = self.size // self.shape[0]
+        count = max(1, GROUP_BYTES // (chunk * row * self.dtype.itemsize)) * chunk
+        slab, filled = np.empty((min(count, self.shape[0]), *self.shape[1:]), self.dtype), 0
+        done = 0
+        for piece in self._pieces():
+            while piece.size:
+                fits = min(piece.size, slab.size - filled)
+                slab.reshape(-1)[filled : filled + fits] = piece[:fits]
+                piece, filled = piece[fits:], filled + fits
+                if filled == slab.size:
+                    yield slab
+                    done += len(slab)
+                    slab, filled = np.empty((min(count, self.shape[0] - done), *self.shape[1:]), self.dtype), 0
+
+    def number(self) -> np.ndarray:
+        """The tensor, if it has no axes."""
+        return next(self._pieces()).copy().reshape(())
 
 
-def write_orbax(folder: Path, specs: Mapping[str, TensorSpec], make: Callable[[str], np.ndarray]) -> None:
-    """Writes the tensors of `specs` into `folder/orbax`, asking `make(name)` for each when those before are on disk.
+def write_orbax(folder: Path, specs: Mapping[str, TensorSpec], pieces: Callable[[str], Iterator[np.ndarray]]) -> None:
+    """Writes the tensors of `specs` into `folder/orbax`; `pieces(name)` gives the elements of one, in order.
 
-    In memory are, at one time, one tensor or several of 64 MiB together.
+    They are asked for when those before are on disk. At one time, 64 MiB are in memory, once as they are and again
+    compressed (or a single row, if it is larger).
     """
     empty = next((name for name, spec in specs.items() if math.prod(spec.shape) == 0), None)
     if empty is not None:
@@ -132,21 +160,44 @@ def write_orbax(folder: Path, specs: Mapping[str, TensorSpec], make: Callable[[s
             async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
                 args = args or [ocp.SaveArgs()] * len(values)
                 for first, last in _groups([value.nbytes for value in values]):
-                    await self._write(values[first:last], infos[first:last], args[first:last])
+                    for written in await super().serialize(values[first:last], infos[first:last], args[first:last]):
+                        await asyncio.to_thread(written.result)
                 return []
 
-            async def _write(self, values: Any, infos: Any, args: Any) -> None:
-                for written in await super().serialize([value.make() for value in values], infos, args):
-                    await asyncio.to_thread(written.result)
+            async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
+                await _write_rows(value, tspec, ts_context)
 
         registry = ocp.type_handlers.create_type_handler_registry(
             (jax.Array, ocp.type_handlers.ArrayHandler()), (_Coming, InTurn(deepcopy_host_arrays=False))
         )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
-            tree = _tree({name: _Coming(spec, lambda name=name: make(name)) for name, spec in specs.items()})
-            in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-            checkpointer.save((folder / FOLDER).resolve(), ocp.args.PyTreeSave(tree, save_args=in_chunks))
+            tree = _tree({name: _Coming(spec, lambda name=name: pieces(name)) for name, spec in specs.items()})
+            checkpointer.save((folder / FOLDER).resolve(), ocp.args.PyTreeSave(tree))
+
+
+def _give_back_freed() -> None:
+    """Has glibc return what was freed: its pools of tensorstore's threads grow by 20 MB with each GB written."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+async def _write_rows(value: _Coming, spec: Any, context: Any) -> None:
+    """Writes a tensor as the tensorstore `spec` says, but for its chunks, which are of whole rows."""
+    import tensorstore
+
+    if value.shape:
+        spec["metadata"]["chunks"] = [min(value.chunk_rows(), value.shape[0]), *value.shape[1:]]
+    store = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=context)
+    if not value.shape:
+        await store.write(value.number())
+        return
+    first = 0
+    for slab in value.slabs():
+        await store[first : first + len(slab)].write(slab, can_reference_source_data_indefinitely=True)
+        first += len(slab)
+        _give_back_freed()
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
