@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from .models import MODELS, GoldenModel, by_name, hf_weights, token_ids
+from .models import MODELS, GoldenModel, by_name, memory_weights, token_ids
 from .values import GREEDY_TOKENS, MARGIN, PROMPT, fingerprint
 
 FOLDER = Path(__file__).parent
@@ -30,7 +30,7 @@ def transformers_model(model: GoldenModel) -> Any:
     config = getattr(transformers, model.config_class)(**model.transformers_arguments())
     config._attn_implementation = "eager"
     built = getattr(transformers, model.model_class)(config).to(torch.float32).eval()
-    weights = {name: torch.from_numpy(array.copy()) for name, array in hf_weights(model).items()}
+    weights = {name: torch.from_numpy(array.copy()) for name, array in memory_weights(model).items()}
     if model.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     built.load_state_dict(weights, strict=True)

@@ -100,6 +100,34 @@ def _native_yarn(
     }
 
 
+# As Large 3 and Small 4: the first layer dense, then experts with a shared one; interleaved rope heads; no scale of
+# YaRN's. With `mscale` keys transformers squares mscale into the scores, which the published models do not want.
+_LATENT = {"q_lora_rank": 40, "kv_lora_rank": 24, "qk_rope_head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 20}
+_NATIVE_EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "expert_hidden_dim": 32,
+    "num_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scale": 1.5,
+}
+_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+
+
+def _latent_rope(theta: float, length: int, fast: float, slow: float, beta: float) -> dict[str, Any]:
+    block = _yarn(theta, length, fast, slow, beta, apply_scale=False)["rope_parameters"]
+    scaled = {"mscale", "mscale_all_dim"}
+    kept = {key: value for key, value in block.items() if key not in scaled}
+    return {"rope_parameters": kept | {"attention_factor": 1.0}, "pad_token_id": 11}
+
+
 MODELS = (
     GoldenModel(
         name="mistral",
@@ -152,6 +180,25 @@ MODELS = (
         | _native_yarn(100.0, 32, 4.0, 1.0, 0.0, apply_scale=True),
         arguments=_yarn(100.0, 32, 4.0, 1.0, 0.0, apply_scale=True),
     ),
+    GoldenModel(
+        name="mixtral",
+        config_class="MixtralConfig",
+        model_class="MixtralForCausalLM",
+        native=_sizes(layers=2, heads=4, kv_heads=2)
+        | {"rope_theta": 1e6, "moe": {"num_experts": 8, "num_experts_per_tok": 2}},
+        arguments=_plain_rope(1e6) | {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    # 80 tokens are two original lengths of YaRN and of the temperature.
+    GoldenModel(
+        name="mistral4",
+        config_class="Mistral4Config",
+        model_class="Mistral4ForCausalLM",
+        native=_sizes(layers=3, heads=4, kv_heads=4, head_dim=24)
+        | _native_yarn(100.0, 32, 3.0, 0.5, 0.4, apply_scale=False)
+        | _LATENT
+        | {"norm_eps": 1e-6, "moe": _NATIVE_EXPERTS},
+        arguments=_latent_rope(100.0, 32, 3.0, 0.5, 0.4) | _LATENT | _EXPERTS,
+    ),
 )
 
 
@@ -165,18 +212,43 @@ def native_shapes(model: GoldenModel) -> dict[str, tuple[int, ...]]:
     D, F, q, kv = p["dim"], p["hidden_dim"], p["n_heads"] * p["head_dim"], p["n_kv_heads"] * p["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (p["vocab_size"], D), "norm.weight": (D,)}
     for n in range(p["n_layers"]):
-        shapes |= {
-            f"layers.{n}.attention.wq.weight": (q, D),
-            f"layers.{n}.attention.wk.weight": (kv, D),
-            f"layers.{n}.attention.wv.weight": (kv, D),
-            f"layers.{n}.attention.wo.weight": (D, q),
-            f"layers.{n}.attention_norm.weight": (D,),
-            f"layers.{n}.ffn_norm.weight": (D,),
-            f"layers.{n}.feed_forward.w1.weight": (F, D),
-            f"layers.{n}.feed_forward.w2.weight": (D, F),
-            f"layers.{n}.feed_forward.w3.weight": (F, D),
-        }
+        attention = {"wq": (q, D), "wk": (kv, D), "wv": (kv, D), "wo": (D, q)}
+        if "kv_lora_rank" in p:
+            attention = _latent_shapes(p)
+        layer = {f"attention.{name}": shape for name, shape in attention.items()}
+        layer |= {"attention_norm": (D,), "ffn_norm": (D,)}
+        moe = p.get("moe")
+        layer |= _expert_shapes(p) if moe and n >= moe.get("first_k_dense_replace", 0) else _ffn("feed_forward", F, D)
+        shapes |= {f"layers.{n}.{name}.weight": shape for name, shape in layer.items()}
     return shapes if model.tied else shapes | {"output.weight": (p["vocab_size"], D)}
+
+
+def _ffn(stem: str, F: int, D: int) -> dict[str, tuple[int, ...]]:
+    return {f"{stem}.w1": (F, D), f"{stem}.w2": (D, F), f"{stem}.w3": (F, D)}
+
+
+def _latent_shapes(p: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    D, N, v = p["dim"], p["n_heads"], p["v_head_dim"]
+    return {
+        "wq_a": (p["q_lora_rank"], D),
+        "q_a_norm": (p["q_lora_rank"],),
+        "wq_b": (N * (p["qk_nope_head_dim"] + p["qk_rope_head_dim"]), p["q_lora_rank"]),
+        "wkv_a_with_mqa": (p["kv_lora_rank"] + p["qk_rope_head_dim"], D),
+        "kv_a_norm": (p["kv_lora_rank"],),
+        "wkv_b": (N * (p["qk_nope_head_dim"] + v), p["kv_lora_rank"]),
+        "wo": (D, N * v),
+    }
+
+
+def _expert_shapes(p: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """A router, experts, and a shared expert; under `feed_forward` in Mixtral, else under the layer itself."""
+    D, moe = p["dim"], p["moe"]
+    stem, F = "" if "kv_lora_rank" in p else "feed_forward.", moe.get("expert_hidden_dim", p["hidden_dim"])
+    shapes: dict[str, tuple[int, ...]] = {f"{stem}gate": (moe["num_experts"], D)}
+    for e in range(moe["num_experts"]):
+        shapes |= _ffn(f"{stem}experts.{e}", F, D)
+    shared = moe.get("num_shared_experts", 0)
+    return shapes | (_ffn(f"{stem}shared_experts", F * shared, D) if shared else {})
 
 
 def native_weights(model: GoldenModel) -> dict[str, np.ndarray]:
@@ -200,12 +272,48 @@ _HF_NAMES = {
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
+    "attention.wq_a": "self_attn.q_a_proj",
+    "attention.q_a_norm": "self_attn.q_a_layernorm",
+    "attention.wq_b": "self_attn.q_b_proj",
+    "attention.wkv_a_with_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_a_norm": "self_attn.kv_a_layernorm",
+    "attention.wkv_b": "self_attn.kv_b_proj",
+    "feed_forward.gate": "block_sparse_moe.gate",
+    "gate": "mlp.gate",
+    "shared_experts.w1": "mlp.shared_experts.gate_proj",
+    "shared_experts.w2": "mlp.shared_experts.down_proj",
+    "shared_experts.w3": "mlp.shared_experts.up_proj",
 }
 
 
 def hf_weights(model: GoldenModel) -> dict[str, np.ndarray]:
-    """The same weights as transformers names and orders them."""
-    return {_hf_name(name): _hf_rows(model, name, w) for name, w in native_weights(model).items()}
+    """The same weights as transformers writes them: Mixtral's experts one by one, Mistral 4's in one tensor."""
+    weights = native_weights(model)
+    experts = [name for name in weights if ".experts." in name]
+    tensors = {_hf_name(name): _hf_rows(model, name, w) for name, w in weights.items() if name not in experts}
+    if "kv_lora_rank" in model.native:
+        return tensors | _fused(model, weights)
+    return tensors | {f"model.{name.replace('feed_forward', 'block_sparse_moe')}": weights[name] for name in experts}
+
+
+def memory_weights(model: GoldenModel) -> dict[str, np.ndarray]:
+    """The same as transformers holds them in memory, where Mixtral's experts are one tensor too."""
+    weights, tensors = native_weights(model), hf_weights(model)
+    kept = {n.replace("block_sparse_moe.gate", "mlp.gate"): w for n, w in tensors.items() if ".experts." not in n}
+    return kept | (_fused(model, weights) if "moe" in model.native else {})
+
+
+def _fused(model: GoldenModel, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All experts of a layer in one tensor: [E, w1 then w3, D] and [E, D, F]."""
+    tensors, n_experts = {}, model.native["moe"]["num_experts"]
+    for stem in sorted({name.split("experts.")[0] for name in weights if ".experts.0." in name}):
+        of = lambda e, part, stem=stem: weights[f"{stem}experts.{e}.{part}.weight"]  # noqa: E731
+        layer = f"model.{stem.removesuffix('feed_forward.')}mlp.experts"
+        tensors[f"{layer}.gate_up_proj"] = np.stack(
+            [np.concatenate([of(e, "w1"), of(e, "w3")]) for e in range(n_experts)]
+        )
+        tensors[f"{layer}.down_proj"] = np.stack([of(e, "w2") for e in range(n_experts)])
+    return tensors
 
 
 def _hf_name(name: str) -> str:

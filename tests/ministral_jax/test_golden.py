@@ -41,7 +41,7 @@ def test_logits_of_both_layouts_are_transformers(golden: GoldenModel, tmp_path: 
         np.testing.assert_array_equal(weight, weights[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["ministral", "ministral3_tied"])
+@pytest.mark.parametrize("name", ["ministral", "ministral3_tied", "mixtral", "mistral4"])
 def test_greedy_continuations_are_transformers(name: str, tmp_path: Path) -> None:
     golden = by_name(name)
     expected = golden_values(golden)

@@ -114,7 +114,9 @@ def test_the_score_command_prints_transformers_log_probabilities(
     assert np.array([token for token, _ in found["top"]])[clear].tolist() == logits.argmax(axis=-1)[clear].tolist()
 
 
-@pytest.mark.parametrize("name", ["mistral_window", "ministral", "ministral3_tied", "ministral3"])
+@pytest.mark.parametrize(
+    "name", ["mistral_window", "ministral", "ministral3_tied", "ministral3", "mixtral", "mistral4"]
+)
 def test_the_generate_command_continues_as_transformers_does(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,7 +181,7 @@ def old_name(name: str) -> str:
     return f"language_model.{name}" if name.startswith("lm_head") else name.removeprefix("model.")
 
 
-@pytest.mark.parametrize("name", ["mistral", "mistral_window", "ministral"])
+@pytest.mark.parametrize("name", ["mistral", "mistral_window", "ministral", "mixtral"])
 def test_mistral_inference_answers_the_same_to_what_we_save(name: str, tmp_path: Path) -> None:
     """At once, in chunks, and token by token at the end, over its own rotating cache."""
     golden = by_name(name)
