@@ -10,28 +10,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.chunk import ImageChunk
 from mistral_common.protocol.instruct.converters import convert_openai_messages, convert_openai_tools
 from mistral_common.protocol.instruct.messages import AssistantMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import Tokenized
+from mistral_common.tokens.tokenizers.image import ImageEncoding
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from .errors import TokenizerError
+from .images import checked_image, image_of_part
 from .tokenizer_files import one_line
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # What mistral-common raises about a request: its validators, pydantic's, its assertions, sentencepiece and deep
-# nesting (RuntimeError), and, for images, missing files (OSError) and a missing OpenCV (ImportError).
+# nesting (RuntimeError), and, for images, a missing OpenCV (ImportError) and what Pillow has left to say (OSError).
 REQUEST_FAILURES = (MistralCommonException, AssertionError, ImportError, OSError, RuntimeError, ValueError)
 
 _VALID_CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
+# Stands in a message while mistral-common converts it: it opens URLs only later, and by then a picture is here.
+_PICTURE_HERE = {"type": "image_url", "image_url": {"url": "data:,"}}
+
 Converted = TypeVar("Converted")
 
 
-def chat_request(messages: Any, tools: Any, reasoning_effort: str | None) -> ChatCompletionRequest:
+def chat_request(
+    messages: Any, tools: Any, reasoning_effort: str | None, *, local_files: bool = True
+) -> ChatCompletionRequest:
     """mistral-common's request for a conversation in OpenAI's or Mistral's dictionary form.
 
     Both may come from a file or a client, and so be anything; encode_chat says what they should be.
@@ -44,7 +52,8 @@ def chat_request(messages: Any, tools: Any, reasoning_effort: str | None) -> Cha
     converted: list[Any] = []
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
-        converted.append(_named(where, lambda m=message, w=where: _convert_message(m, call_ids, w)))
+        pictures = _pictures(message, where, local_files)
+        converted.append(_named(where, lambda m=message, p=pictures, w=where: _convert_message(m, p, call_ids, w)))
     converted_tools = None
     if tools is not None:
         converted_tools = [
@@ -58,6 +67,14 @@ def chat_request(messages: Any, tools: Any, reasoning_effort: str | None) -> Cha
 def encode_request(mistral: MistralTokenizer, request: ChatCompletionRequest) -> Tokenized:
     """mistral-common's tokens for the request; what it refuses becomes a TokenizerError in its own words."""
     return _named("conversation", lambda: mistral.encode_chat_completion(request))
+
+
+def encode_image(mistral: MistralTokenizer, image: Any, source: str) -> ImageEncoding:
+    """mistral-common's ids and pixels of a Pillow image; TokenizerError where `source` knows no images."""
+    picture, encoder = checked_image(image, "image"), mistral.instruct_tokenizer.image_encoder
+    if encoder is None:
+        raise TokenizerError(f"{source}: a tokenizer that knows no images; expected one of a model with a vision tower")
+    return _named("image", lambda: encoder(ImageChunk(image=picture)))
 
 
 def map_call_ids(found: Sequence[str]) -> dict[str, str]:
@@ -98,9 +115,26 @@ def _call_ids(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     return [call_id for call_id in found if isinstance(call_id, str) and call_id not in ("", "null")]
 
 
-def _convert_message(message: Mapping[str, Any], call_ids: Mapping[str, str], where: str) -> Any:
-    """mistral-common's message, and `prefix`, which its OpenAI conversion drops."""
+def _pictures(message: Mapping[str, Any], where: str, local_files: bool) -> dict[int, Any]:
+    """The decoded pictures of a message's content, by their place in it."""
+    content = message.get("content")
+    parts = () if content is None or isinstance(content, str) else content
+    found = {
+        place: image_of_part(part, f"{where}.content[{place}]", local_files=local_files)
+        for place, part in enumerate(parts)
+    }
+    return {place: picture for place, picture in found.items() if picture is not None}
+
+
+def _convert_message(
+    message: Mapping[str, Any], pictures: Mapping[int, Any], call_ids: Mapping[str, str], where: str
+) -> Any:
+    """mistral-common's message, with the pictures as we decoded them, and `prefix`, which its conversion drops."""
     fields = dict(message)
+    if pictures:
+        fields["content"] = [
+            _PICTURE_HERE if place in pictures else part for place, part in enumerate(message["content"])
+        ]
     # A lone surrogate, which JSON can spell, has no bytes: sentencepiece fails on it, tiktoken replaces it silently.
     json.dumps(fields, ensure_ascii=False, default=str).encode()
     if fields.get("tool_call_id") in call_ids:
@@ -113,6 +147,12 @@ def _convert_message(message: Mapping[str, Any], call_ids: Mapping[str, str], wh
     if isinstance(fields.get("content"), Sequence) and not isinstance(fields["content"], str):
         fields["content"] = [_content_part(part) for part in fields["content"]]
     converted: Any = convert_openai_messages([fields])[0]
+    if pictures:
+        content = [
+            ImageChunk(image=pictures[place]) if place in pictures else chunk
+            for place, chunk in enumerate(converted.content)
+        ]
+        converted = converted.model_copy(update={"content": content})
     prefix = fields.get("prefix", False)
     if not isinstance(prefix, bool):
         raise TokenizerError(f"{where}.prefix: {prefix!r}, expected true or false")

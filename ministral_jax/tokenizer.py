@@ -160,6 +160,7 @@ class Tokenizer:
         *,
         reasoning_effort: str | None = None,
         for_training: bool = False,
+        local_files: bool = True,
     ) -> ChatTokens:
         """Render a conversation: exactly the ids that mistral-common gives for the same request.
 
@@ -172,6 +173,7 @@ class Tokenizer:
             reasoning_effort: "none", "high", ...; v15 alone knows it.
             for_training: the conversation ends in a finished assistant message, closed by eos, instead of a turn
                 that waits for an answer.
+            local_files: image parts may name files of this machine. For messages of strangers, say False.
 
         Raises:
             TokenizerError: what mistral-common refuses, in its words; see docs/chat.md for the rules by version.
@@ -182,9 +184,20 @@ class Tokenizer:
         if for_training:
             self._training = self._training or tokenizer_files.for_training(mistral)
             mistral = self._training
-        request = chat_request.chat_request(messages, tools, reasoning_effort)
+        request = chat_request.chat_request(messages, tools, reasoning_effort, local_files=local_files)
         tokenized = chat_request.encode_request(mistral, request)
         return ChatTokens(tokens=list(tokenized.tokens), images=tuple(tokenized.images))
+
+    def encode_image(self, image: Any) -> ChatTokens:
+        """The ids and pixels of one Pillow image, for a prompt without a template.
+
+        Raises:
+            TokenizerError: the file knows no images; the picture is empty, huge, moving or of an odd mode.
+        """
+        from . import chat_request
+
+        encoding = chat_request.encode_image(self._mistral, image, str(self.path))
+        return ChatTokens(tokens=list(encoding.tokens), images=(encoding.image,))
 
     def encode_infill(self, prompt: str, suffix: str | None = None) -> list[int]:
         """The ids that ask a code model for the text between `prompt` and `suffix`.

@@ -397,6 +397,6 @@ def test_an_image_is_its_rows_of_ids_and_its_pixels(url: Any) -> None:
 @pytest.mark.parametrize(("kind", "url"), [("v7", png(4, 4)), ("tiny-v13", "file:///no/such.png")])
 def test_an_image_that_cannot_be_had_is_one_line(kind: str, url: str) -> None:
     parts = [{"type": "image_url", "image_url": {"url": url}}]
-    with pytest.raises(TokenizerError, match="conversation: ") as error:
+    with pytest.raises(TokenizerError, match=r"^(conversation|/no/such\.png): ") as error:
         tokenizer(kind).encode_chat([{"role": "user", "content": parts}])
     assert "\n" not in str(error.value)
