@@ -146,13 +146,12 @@ def _local(
         flat = x.reshape(n_tokens, *rest)
         return jnp.pad(flat, [(0, fill)] + [(0, 0)] * len(rest)).reshape(n_chunks, size, *rest)
 
-    def step(carry: tuple[Array, Array | None], part: tuple[Array, Array, Array]) -> Any:
-        loss, d_head = carry
-        added, d_hidden, d_rows = _chunk(part[0], head, part[1], part[2], trained, vocab)
-        return (loss + added, None if d_head is None else d_head + d_rows), d_hidden
+    def add(sums: Any, part: tuple[Array, Array, Array]) -> tuple[Any, Array | None]:
+        found = _chunk(part[0], head, part[1], part[2], trained, vocab)
+        return jax.tree.map(jnp.add, sums, (found.loss, found.d_head)), found.d_hidden
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32) if trained[1] else None)
-    (loss, d_head), d_hidden = lax.scan(step, start, (chunked(hidden, width), chunked(targets), chunked(weights)))
+    (loss, d_head), d_hidden = lax.scan(add, start, (chunked(hidden, width), chunked(targets), chunked(weights)))
     if d_hidden is not None:
         d_hidden = d_hidden.reshape(n_chunks * size, width)[:n_tokens].reshape(hidden.shape)
     return _Parts(loss, d_hidden, None if d_head is None else d_head.astype(head.dtype))

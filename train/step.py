@@ -156,21 +156,21 @@ class TrainStep:
     def _evaluated(self, trained: Arrays, frozen: Arrays, batch: Batch) -> tuple[Array, Array]:
         return self._loss(trained, frozen, None, batch)
 
-    def _loss(self, trained: Arrays, frozen: Arrays, key: Array | None, batch: Batch) -> tuple[Array, Array]:
-        """Sums over one microbatch [B, T]."""
+    def _loss(self, trained: Arrays, frozen: Arrays, key: Array | None, batch: Any) -> tuple[Array, Array]:
+        """Sums over one microbatch [B, T], a Batch that is on the device."""
         model = self.model(trained, frozen, key)
         hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids)  # [B, T, D]
         head = model.head.weight[...]
         return cross_entropy(hidden, head, batch.targets, batch.loss_weights, chunk=self._chunk, layout=self.layout)
 
     def _step(
-        self, trained: Arrays, moments: optax.OptState, step: Array, frozen: Arrays, key: Array, batch: Batch
+        self, trained: Arrays, moments: optax.OptState, step: Array, frozen: Arrays, key: Array, batch: Any
     ) -> tuple[Arrays, optax.OptState, Array, Metrics]:
         weights = shares(batch.loss_weights, self._rows_per_mean)  # [A, B, T]
         keys = jax.random.split(jax.random.fold_in(key, step), weights.shape[0])
         gradient_of = jax.value_and_grad(lambda *arguments: self._loss(*arguments)[0])
 
-        def add(sums: tuple[Array, Arrays], part: tuple[Batch, Array]) -> tuple[tuple[Array, Arrays], None]:
+        def add(sums: tuple[Array, Arrays], part: tuple[Any, Array]) -> tuple[tuple[Array, Arrays], None]:
             found = gradient_of(trained, frozen, part[1], part[0])
             return jax.tree.map(jnp.add, sums, found), None
 
