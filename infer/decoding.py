@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ministral_jax.cache import PagedBatch, PagedCache
 from ministral_jax.sharding.layout import Layout
 from ministral_jax.transformer import Transformer
+from ministral_jax.vision_adapter import ImageRows
 from pallas_kernels.dispatch import target
 
 from .sampling import Choice, History, SamplingArrays, SamplingMode, choose, record
@@ -86,14 +87,15 @@ def prefill(
     tokens: Int[Array, "T"],
     batch: PagedBatch,
     last_rows: Int[Array, "B"],
+    images: ImageRows | None = None,
 ) -> tuple[Float[Array, "B D"], PagedCache]:
-    """One chunk of packed prompt tokens.
+    """One chunk of packed prompt tokens; `images` has what stands in for those of images.
 
     `last_rows[b]` is the row of sequence b's last prompt token, within its data shard, if it is in this chunk, else
     -1; `hidden` collects the final hidden states of those rows.
     """
     model: Transformer = nnx.merge(graph, weights)
-    out, cache = model.extend(tokens, cache, batch)
+    out, cache = model.extend(tokens, cache, batch, images)
     shards = data_shards(model.layout)
     rows = jnp.maximum(last_rows, 0).reshape(shards, -1, 1)
     last = jnp.take_along_axis(out.reshape(shards, -1, out.shape[-1]), rows, axis=1).reshape(hidden.shape)

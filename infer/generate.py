@@ -21,6 +21,7 @@ from ministral_jax.transformer import Transformer
 from .answer import Answer, Completion, Piece, TokenLogprob
 from .chat import ChatReply, ChatStream
 from .decoding import MAX_STEPS, Choice, DecodeState, Ends, Steps, compiled_steps, data_shards
+from .images import ImageReader, Images, PromptImages, check_images, chunk_rows, text_alone
 from .pages import PageTables
 from .sampling import SamplingArrays, SamplingMode, SamplingParams, batch_arrays, batch_mode, start_history
 
@@ -46,6 +47,7 @@ class _Run:
     """A batch under way: B rows, of which the first `len(prompts)` are real."""
 
     prompts: list[np.ndarray]
+    images: Sequence[Images]
     lengths: np.ndarray
     limits: np.ndarray
     mode: SamplingMode
@@ -98,7 +100,8 @@ class Generator:
         self.max_length = min(max_length or model.config.max_length, model.config.max_length)
         self.page_size, self.prefill_chunk = page_size, prefill_chunk
         self.shards = data_shards(model.layout)
-        graph, self._weights = nnx.split(model)
+        graph, self._weights = nnx.split(text_alone(model))
+        self._reader = None if model.vision is None else ImageReader(model.vision, model.layout)
         self._steps: Steps = compiled_steps(graph)
         self.dtype = model.norm.weight[...].dtype
         self.cache_dtype = self.dtype if cache_dtype is None else _cache_dtype(cache_dtype)
@@ -108,11 +111,15 @@ class Generator:
         self.cache_bytes = 0
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        images: Sequence[Images] | None = None,
     ) -> list[Completion]:
         """Continues every prompt (token ids) to its end; results in the order of the prompts."""
         pieces: list[list[Piece]] = [[] for _ in prompts]
-        for piece in self.stream_ids(prompts, params, seconds_per_call=BATCH_SECONDS):
+        for piece in self.stream_ids(prompts, params, images=images, seconds_per_call=BATCH_SECONDS):
             pieces[piece.index].append(piece)
         return [
             Completion(
@@ -155,6 +162,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        images: Sequence[Images] | None = None,
         seconds_per_call: float = STREAM_SECONDS,
     ) -> Iterator[Piece]:
         """Continues prompts of token ids, yielding pieces as they come.
@@ -162,18 +170,27 @@ class Generator:
         Args:
           prompts: token ids, each with at least one.
           params: one for all prompts or one for each; greedy by default.
+          images: for each prompt the pixels of its images, as `Tokenizer.encode_chat` gives them.
           seconds_per_call: about how long the device decodes before the host sees the tokens.
 
-        Raises RequestError before any work for prompts that are empty, too long, or outside the vocabulary.
+        Raises RequestError before any work for prompts that are empty, too long, or outside the vocabulary, and for
+        images that are not those of the prompt's image tokens.
         """
         every = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
         if len(every) != len(prompts):
             raise RequestError(f"{len(every)} sampling params for {len(prompts)} prompts: give one, or one for each")
+        pictures = [()] * len(prompts) if images is None else images
+        if len(pictures) != len(prompts):
+            raise RequestError(f"images for {len(pictures)} prompts, of which there are {len(prompts)}")
+        for i, (prompt, own) in enumerate(zip(prompts, pictures, strict=True)):
+            check_images(self.model.config.vision, prompt, own, f"prompt {i}")
         limits = [self._limit(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, every, strict=True))]
         self.timing = Timing()
         for start in range(0, len(prompts), MAX_BATCH):
             part = slice(start, start + MAX_BATCH)
-            yield from self._run(start, prompts[part], list(every[part]), limits[part], seconds_per_call)
+            yield from self._run(
+                start, prompts[part], pictures[part], list(every[part]), limits[part], seconds_per_call
+            )
 
     def _limit(self, index: int, prompt: Sequence[int], params: SamplingParams) -> int:
         """Tokens that a request may produce, after checking it."""
@@ -198,11 +215,12 @@ class Generator:
         self,
         first_index: int,
         prompts: Sequence[Sequence[int]],
+        images: Sequence[Images],
         params: list[SamplingParams],
         limits: list[int],
         seconds_per_call: float,
     ) -> Iterator[Piece]:
-        run = self._begin(first_index, prompts, params, limits)
+        run = self._begin(first_index, prompts, images, params, limits)
         began = time.perf_counter()
         hidden = self._prefill(run)
         state, choice = self._steps.start(
@@ -230,7 +248,12 @@ class Generator:
         self._kept = (run.plan, run.cache)
 
     def _begin(
-        self, first_index: int, prompts: Sequence[Sequence[int]], params: list[SamplingParams], limits: list[int]
+        self,
+        first_index: int,
+        prompts: Sequence[Sequence[int]],
+        images: Sequence[Images],
+        params: list[SamplingParams],
+        limits: list[int],
     ) -> _Run:
         """Lays out the batch: what a shard holds and the cache's length are powers of two, so that few programs are
         compiled."""
@@ -262,6 +285,7 @@ class Generator:
         all_limits = np.array(limits + [0] * spare, np.int32)
         return _Run(
             prompts=real + [np.zeros(0, np.int32)] * spare,
+            images=images,
             lengths=lengths,
             limits=all_limits,
             mode=batch_mode(params),
@@ -295,6 +319,7 @@ class Generator:
         Each data shard has a chunk of its own in every call, of up to `prefill_chunk` rows.
         """
         B = len(run.lengths)
+        images = self._read_images(run)
         hidden = self._rows(np.zeros((B, self.model.config.dim), self.dtype))
         done = np.zeros(B, np.int32)
         while (done < run.lengths).any():
@@ -308,6 +333,7 @@ class Generator:
             for b in np.flatnonzero(counts).tolist():
                 shard, i = divmod(b, by_shard.shape[1])
                 tokens[shard, starts[shard, i] : starts[shard, i + 1]] = run.prompts[b][done[b] : done[b] + counts[b]]
+            in_chunk = chunk_rows(images, done, counts, starts, (width, self.model.config.dim), self.dtype)
             done = done + counts  # a new array: the device may still be reading the old one
             finished = (counts > 0) & (done == run.lengths)
             hidden, run.cache = self._steps.prefill(
@@ -317,8 +343,16 @@ class Generator:
                 self._rows(tokens.reshape(-1)),
                 PagedBatch(self._page_tables(run), self._rows(starts.reshape(-1)), self._rows(done)),
                 self._rows(np.where(finished, starts[:, 1:].reshape(-1) - 1, -1).astype(np.int32)),
+                None if in_chunk is None else self._rows(in_chunk),
             )
         return hidden
+
+    def _read_images(self, run: _Run) -> dict[int, PromptImages]:
+        """The rows of every image, by the number of the sequence."""
+        pairs = enumerate(zip(run.prompts, run.images, strict=False))
+        return {
+            b: PromptImages(self._reader, ids, images) for b, (ids, images) in pairs if self._reader and len(images)
+        }
 
     def _next_counts(self, left: np.ndarray) -> np.ndarray:
         """Tokens of the next chunk by sequence, [B]: each shard fills its rows with its own sequences in turn."""

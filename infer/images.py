@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ministral_jax.config import VisionConfig
@@ -106,6 +107,30 @@ class PromptImages:
         at = self.places[first:last] - start
         rows[at] = self.rows[first:last]
         present[at] = True
+
+
+def chunk_rows(
+    images: Mapping[int, PromptImages],
+    done: np.ndarray,
+    counts: np.ndarray,
+    starts: np.ndarray,
+    size: tuple[int, int],
+    dtype: DTypeLike,
+) -> ImageRows | None:
+    """What stands in for the image tokens of one chunk, on the host; None if it has none of them.
+
+    `images` by sequence. Sequence b adds `counts[b]` tokens to the `done[b]` before; those of shard s begin in its rows
+    at `starts[s]`, and it has `size` = (rows, D).
+    """
+    shards = len(starts)
+    rows, present = np.zeros((shards, *size), dtype), np.zeros((shards, size[0]), bool)
+    for b, prompt in images.items():
+        shard, i = divmod(b, len(counts) // shards)
+        own = slice(starts[shard, i], starts[shard, i + 1])
+        prompt.copy_into(rows[shard, own], present[shard, own], int(done[b]), int(done[b] + counts[b]))
+    if not present.any():
+        return None
+    return ImageRows(rows.reshape(-1, size[1]), present.reshape(-1))
 
 
 def prompt_rows(model: Transformer, ids: Sequence[int], images: Images) -> ImageRows:

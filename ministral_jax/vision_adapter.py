@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
@@ -23,8 +24,8 @@ from .vision import WHOLE, Patches, VisionEncoder
 class ImageRows(NamedTuple):
     """What stands in for the embeddings of image tokens: `rows` where `present`, the tokens' own elsewhere."""
 
-    rows: Float[Array, "*T D"]
-    present: Bool[Array, "*T"]
+    rows: Float[Array | np.ndarray, "*T D"]
+    present: Bool[Array | np.ndarray, "*T"]
 
 
 class AdapterLinear(Linear):
