@@ -22,6 +22,7 @@ from .attention import Attend
 from .cache import PagedBatch, PagedCache
 from .config import ModelConfig, Window
 from .errors import ShardingError
+from .sharding.context import context_flash_attention
 from .sharding.layout import Layout
 
 KEYS = ("act_kv_heads", None)
@@ -70,8 +71,6 @@ def _causal_on_mesh(
     options: dict[str, Any] = {"window": window, "implementation": implementation}
     across: Callable[..., Array] = flash_attention
     if layout.ways("sequence") > 1:
-        from .sharding.context import context_flash_attention
-
         across = functools.partial(context_flash_attention, axis_name="context")
 
     def local(q: Array, k: Array, v: Array, segments: Array | None) -> Array:

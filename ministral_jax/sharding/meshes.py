@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def with_rest(sizes: Mapping[str, int], n_devices: int) -> Sizes:
     return {axis: n_devices // known if size == REST else size for axis, size in sizes.items()}
 
 
-def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of these sizes over `devices`, by default all; its axes are MESH_AXES, with Auto axis types.
 
     Neighbours on a TPU's torus are neighbours in the mesh, innermost axes first. Over several slices, which only the
@@ -81,7 +82,7 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Sequence[jax.Device] | No
     return Mesh(_arranged(shape, found[:wanted]), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
