@@ -1,15 +1,10 @@
 """What can be said about training data, in one frozen dataclass. Nothing is read here."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ministral_jax.errors import MinistralError
 
-Packing = Literal["first-fit", "mistral-finetune", "none"]
-Trained = Literal["all", "last"]
-Long = Literal["cut", "drop"]
-
-PACKINGS: tuple[Packing, ...] = ("first-fit", "mistral-finetune", "none")
+PACKINGS = ("first-fit", "mistral-finetune", "none")
 
 
 @dataclass(frozen=True)
@@ -39,10 +34,10 @@ class DataConfig:
     preference_data: str = ""
     shuffle: bool = True
     epochs: int | None = None
-    tools_trained: Trained = "all"
+    tools_trained: str = "all"
     tool_prefixes: bool = False
-    packing: Packing = "first-fit"
-    long: Long = "cut"
+    packing: str = "first-fit"
+    long: str = "cut"
     packing_window: int = 64
     read_threads: int = 2
 

@@ -1,14 +1,14 @@
 """Which samples share a row. Knows lengths and places, no arrays: those are made in batches.py.
 
-A row is made of segments, each a stretch of one sample. A packer takes samples one at a time, each under a key that
-is its own, and hands out rows as they are done; what it still holds is its state.
+A row is made of segments, each a stretch of one sample. A packer takes samples one at a time (`add`), each under a key
+that is its own, and hands out rows as they are done, the rest in `finish`. `open_rows`, begun and not yet handed out,
+are its whole state.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from .config import Packing
 from .tokens import Sample
 
 
@@ -46,27 +46,6 @@ class Row:
     def restored(cls, row: Iterable[Iterable[int]], sample_of: Callable[[int], Any]) -> "Row":
         """The row again, with the samples of its keys."""
         return cls(Segment(key, sample_of(key), start, stop) for key, start, stop in row)
-
-
-class Packer(Protocol):
-    """What `open_data` needs of a packer. `open_rows` are those begun and not yet handed out: its whole state."""
-
-    open_rows: list[Row]
-
-    def add(self, key: int, sample: Sample) -> Iterable[Row]:
-        """Takes a sample; gives the rows that are done now."""
-        ...
-
-    def finish(self) -> Iterable[Row]:
-        """Gives what is left, when there are no more samples."""
-        ...
-
-
-def make_packer(packing: Packing, seq_len: int, window: int) -> Packer:
-    """The packer of a config; all but mistral-finetune's take samples of at most `seq_len` predictions."""
-    if packing == "first-fit":
-        return FirstFit(seq_len, window)
-    return CutAndContinue(seq_len) if packing == "mistral-finetune" else OneEach()
 
 
 class FirstFit:
@@ -146,3 +125,13 @@ class OneEach:
 
     def finish(self) -> Iterable[Row]:
         return []
+
+
+Packer = FirstFit | CutAndContinue | OneEach
+
+
+def make_packer(packing: str, seq_len: int, window: int) -> Packer:
+    """The packer of a config; all but mistral-finetune's take samples of at most `seq_len` predictions."""
+    if packing == "first-fit":
+        return FirstFit(seq_len, window)
+    return CutAndContinue(seq_len) if packing == "mistral-finetune" else OneEach()

@@ -80,7 +80,9 @@ class LineFile:
             raise DataError(f"{path}: {error.strerror or error}") from error
         ends = np.concatenate([*self._line_breaks(), [len(self._bytes)]]).astype(np.int64)
         starts = np.concatenate([[0], ends[:-1] + 1])
-        filled = np.flatnonzero([self._is_filled(*place) for place in zip(starts, ends, strict=True)])
+        filled = np.flatnonzero(
+            [self._is_filled(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        )
         self._starts, self._ends = starts[filled], ends[filled]
         self.numbers = filled + 1
         self.digest = self._digest()
@@ -101,7 +103,7 @@ class LineFile:
 
     def _is_filled(self, start: int, end: int) -> bool:
         """Whether there is more than white space."""
-        return end > start and (self._bytes[start] > ord(" ") or bool(self._bytes[start:end].tobytes().strip()))
+        return end > start and (bool(self._bytes[start] > ord(" ")) or bool(self._bytes[start:end].tobytes().strip()))
 
     def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)

@@ -29,7 +29,6 @@ from ministral_jax.tokenizer import Tokenizer
 from ministral_jax.tokenizer_files import one_line
 
 from .call_ids import call_id_tokens
-from .config import Trained
 from .formats import ChatRecord, PairRecord, Record, TextRecord
 from .messages import RecordError
 
@@ -92,7 +91,7 @@ class Pair:
 class SampleEncoder:
     """Makes samples of records for one tokenizer. Keeps nothing between records; threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, tools_trained: Trained = "all"):
+    def __init__(self, tokenizer: Tokenizer, tools_trained: str = "all"):
         self._tokenizer = tokenizer
         self._tools_trained = tools_trained
         self._template: Any = tokenizer.mistral.instruct_tokenizer
