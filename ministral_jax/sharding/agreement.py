@@ -15,6 +15,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .. import __version__
 from ..checkpoints.safetensors_header import LENGTH_BYTES
 from ..checkpoints.weight_files import WeightFiles
 from ..config import ModelConfig, Window
@@ -25,7 +26,7 @@ from .hosts import MEETING_SECONDS, n_processes, process_id, tell, wait_for
 
 Items = Mapping[str, str]  # what it is -> its value, both short
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "ministral-jax")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _NOTHING = "nothing"
 _LONGEST_VALUE = 200
 _DIGEST_LETTERS = 16
@@ -98,7 +99,8 @@ def difference(mine: Items, theirs: Items, other: int) -> str:
 
 def version_items() -> dict[str, str]:
     """The versions that decide what is computed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    others = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "ministral-jax": __version__} | others
 
 
 def config_items(config: ModelConfig) -> dict[str, str]:
@@ -147,10 +149,3 @@ def digest(data: bytes) -> str:
 
 def _shortened(value: str) -> str:
     return value if len(value) <= _LONGEST_VALUE else f"{value[:40]}... ({digest(value.encode())})"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

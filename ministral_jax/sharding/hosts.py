@@ -289,6 +289,8 @@ def _detected(seconds: int, environment: Mapping[str, str]) -> Place | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a lone pod is told to install the client of Kubernetes
             coordinator, processes, process_id, devices = _ask_jax(seconds)
+    except OSError:
+        return None  # a machine with TPUs outside Google's cloud: there is no server of metadata to ask
     except Exception as error:
         if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" not in environment:
             return None  # a lone pod
