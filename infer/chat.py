@@ -67,14 +67,15 @@ class ChatStream:
     ) -> None:
         """Renders the conversation; the arguments are those of `Tokenizer.encode_chat`, and how to choose tokens.
 
-        Raises TokenizerError for messages that mistral-common refuses, RequestError without a tokenizer or for images.
+        Raises TokenizerError for messages that mistral-common refuses, RequestError without a tokenizer, or for images
+        that the model does not read.
         """
         tokenizer = generator.tokenizer
         if tokenizer is None:
             raise RequestError("a conversation needs the model's tokenizer: give Generator one")
         params = params or SamplingParams()
         chat = tokenizer.encode_chat(messages, tools, reasoning_effort=reasoning_effort)
-        if chat.images:
+        if chat.images and generator.model.config.vision is None:
             raise RequestError(f"{len(chat.images)} images in the conversation: this model reads text only")
         self._parser = OutputParser(
             tokenizer,
@@ -85,7 +86,7 @@ class ChatStream:
         self.messages = tuple(messages)
         self._known_ids = tokenizer.vocabulary_size
         self._prompt_tokens = len(chat.tokens)
-        self._pieces = generator.stream_ids([chat.tokens], params)
+        self._pieces = generator.stream_ids([chat.tokens], params, images=[chat.images])
         self._events: list[Event] = []
         self._finish_reason: FinishReason = "length"
         self._new_tokens = 0
@@ -143,9 +144,14 @@ class ChatSession:
         """Forgets everything but the system prompt."""
         self.messages = list(self._first)
 
-    def ask(self, text: str) -> ChatStream:
-        """The answer to a user's message. Call `keep` when it has come, or the message is as if never sent."""
-        return self._stream([{"role": "user", "content": text}])
+    def ask(self, text: str, images: Sequence[Any] = ()) -> ChatStream:
+        """The answer to a user's message. Call `keep` when it has come, or the message is as if never sent.
+
+        `images` are Pillow images, bytes of picture files or paths; they stand before the text.
+        """
+        pictures = [{"type": "image", "image": image} for image in images]
+        content = [*pictures, {"type": "text", "text": text}] if pictures else text
+        return self._stream([{"role": "user", "content": content}])
 
     def give_results(self, results: Mapping[str, str]) -> ChatStream:
         """The answer to the results of the last answer's tool calls, by call id."""

@@ -133,15 +133,18 @@ def chunk_rows(
     return ImageRows(rows.reshape(-1, size[1]), present.reshape(-1))
 
 
-def prompt_rows(model: Transformer, ids: Sequence[int], images: Images) -> ImageRows:
-    """The rows of one whole sequence, [1, T, D], for `Transformer.hidden`; raises RequestError as `check_images`."""
+def prompt_rows(model: Transformer, ids: Sequence[int], images: Images, length: int | None = None) -> ImageRows:
+    """The rows of one whole sequence, [1, T, D], for `Transformer.hidden`; T is `length`, or as many as there are ids.
+
+    Raises RequestError as `check_images` does.
+    """
     vision = model.vision
     check_images(model.config.vision, ids, images, "the sequence")
     if vision is None:
         raise RequestError("this model reads text only: no vision tensors were loaded")
     tokens = np.asarray(ids, np.int32)
-    rows = np.zeros((len(tokens), model.config.dim), np.float32)
-    present = np.zeros(len(tokens), bool)
+    rows = np.zeros((length or len(tokens), model.config.dim), model.norm.weight[...].dtype)
+    present = np.zeros(len(rows), bool)
     PromptImages(ImageReader(vision, model.layout), tokens, images).copy_into(rows, present, 0, len(tokens))
     return ImageRows(jnp.asarray(rows[None]), jnp.asarray(present[None]))
 

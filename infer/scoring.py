@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from ministral_jax.errors import RequestError
 from ministral_jax.transformer import Transformer
+from ministral_jax.vision_adapter import ImageRows
+
+from .images import Images, prompt_rows, text_alone
 
 LOGITS_BLOCK = 256  # positions whose logits are held at once: 134 MB in float32 at a vocabulary of 131072
 MIN_LENGTH = 64
@@ -39,18 +42,19 @@ class Score:
         return float(np.exp(-np.mean(known))) if known else 1.0
 
 
-def score(model: Transformer, ids: Sequence[int]) -> Score:
-    """Scores token ids in one pass over the sequence; no bos is added.
+def score(model: Transformer, ids: Sequence[int], images: Images = ()) -> Score:
+    """Scores token ids in one pass over the sequence; no bos is added. `images` are those of its image tokens.
 
-    Raises RequestError for no ids, ids outside the vocabulary, or more than the model's context.
+    Raises RequestError for no ids, ids outside the vocabulary, more than the model's context, or other images.
     """
     _check(model, ids)
-    graph, weights = nnx.split(model)
+    graph, weights = nnx.split(text_alone(model))
     # Padded to few lengths, so that few programs are compiled; causality keeps the padding out of the result.
     length = _padded_length(len(ids))
     padded = np.zeros(length, np.int32)
     padded[: len(ids)] = ids
-    logprobs, top_ids, top = jax.device_get(_compiled(graph)(weights, jnp.asarray(padded)))
+    rows = prompt_rows(model, ids, images, length) if len(images) else None
+    logprobs, top_ids, top = jax.device_get(_compiled(graph)(weights, jnp.asarray(padded), rows))
     n = len(ids)
     return Score(
         ids=tuple(int(i) for i in ids),
@@ -81,10 +85,10 @@ def _compiled(graph: Any) -> Any:
     return jax.jit(functools.partial(_score, graph))
 
 
-def _score(graph: Any, weights: Any, ids: Int[Array, "T"]) -> tuple[Array, Array, Array]:
+def _score(graph: Any, weights: Any, ids: Int[Array, "T"], images: ImageRows | None) -> tuple[Array, Array, Array]:
     """Log-probability of the next id, the likeliest next id and its log-probability, each [T]."""
     model: Transformer = nnx.merge(graph, weights)
-    hidden = model.hidden(ids[None])[0]  # [T, D]
+    hidden = model.hidden(ids[None], images=images)[0]  # [T, D]
     following = jnp.roll(ids, -1)  # the last one's means nothing
 
     def one_block(block: tuple[Float[Array, "block D"], Int[Array, "block"]]) -> tuple[Array, Array, Array]:

@@ -84,6 +84,20 @@ def add_mesh(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     )
 
 
+def add_images(parser: Any, shown: str) -> None:
+    """--image, which may be given several times; `shown` says where the pictures stand."""
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help=f"a picture, {shown}; may be given several times"
+    )
+
+
+def open_images(arguments: argparse.Namespace) -> list[Any]:
+    """The pictures of --image, decoded. Raises TokenizerError for one that cannot be."""
+    from ..images import open_image
+
+    return [open_image(path) for path in arguments.image]
+
+
 def add_cache(parser: argparse.ArgumentParser) -> None:
     """How keys and values are kept while generating."""
     parser.add_argument(

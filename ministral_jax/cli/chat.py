@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MinistralError
-from .arguments import Commands, add_cache, add_model, add_sampling, new_command, sampling_params
+from .arguments import (
+    Commands,
+    add_cache,
+    add_images,
+    add_model,
+    add_sampling,
+    new_command,
+    open_images,
+    sampling_params,
+)
 from .models import open_model
 from .output import note, note_to_people, waiting, write, write_json
 from .texts import read_text
@@ -22,15 +31,17 @@ _DESCRIPTION = """\
 Talks with a model in its own chat template. Answers stream to stdout; reasoning, where a
 model shows it, goes to stderr.
 
-In a terminal: /reset forgets the conversation, /exit leaves; Ctrl-C stops an answer, and
-leaves when pressed twice in a row. With --prompt, or when stdin is no terminal (all of it is
-then the message), one answer is given."""
+In a terminal: /image FILE shows a picture with the next message, /reset forgets the
+conversation, /exit leaves; Ctrl-C stops an answer, and leaves when pressed twice in a row.
+With --prompt, or when stdin is no terminal (all of it is then the message), one answer is
+given."""
 
 _EXAMPLE = """\
 example:
   ministral chat ./Ministral-8B --system 'Answer in one sentence.'
   ministral chat ./Ministral-8B --prompt 'Why is the sky blue?' --max-tokens 200
   cat letter.txt | ministral chat ./Ministral-8B
+  ministral chat ./Ministral-3-8B --image cat.png --image dog.jpg --prompt 'Which is older?'
 
 Tool calls are printed as a line of JSON each: {"name", "arguments", "id"}. In a terminal
 you are then asked for the result of each. --json prints {"content", "reasoning",
@@ -43,6 +54,7 @@ def add_command(commands: Commands) -> None:
     add_model(parser)
     group = parser.add_argument_group("conversation")
     group.add_argument("--prompt", metavar="TEXT", help="ask this, print the answer and leave")
+    add_images(group, "shown with the first message")
     group.add_argument("--system", metavar="TEXT", help="the system prompt")
     group.add_argument("--tools", metavar="FILE", help="a JSON list of tools the model may call")
     group.add_argument("--json", action="store_true", help="for one turn: one JSON document on stdout")
@@ -56,14 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     tools = None if arguments.tools is None else _read_tools(Path(arguments.tools))
     params = sampling_params(arguments)
-    opened = open_model(arguments, tokenizer="needed")
+    pictures = open_images(arguments)
+    converses = arguments.prompt is None and sys.stdin.isatty() and not arguments.json
+    opened = open_model(arguments, tokenizer="needed", images=converses or bool(pictures))
     generator = opened.generator(arguments.max_length, arguments.cache_dtype)
     session = ChatSession(generator, system=arguments.system, tools=tools, params=params)
-    if arguments.prompt is None and sys.stdin.isatty() and not arguments.json:
-        _converse(session)
+    if converses:
+        _converse(session, pictures)
         return 0
     asked = read_text("-") if arguments.prompt is None else arguments.prompt
-    reply = _answer(session.ask(asked), silent=arguments.json)
+    reply = _answer(session.ask(asked, pictures), silent=arguments.json)
     if arguments.json:
         write_json(_document(reply))
     return 0
@@ -116,11 +130,14 @@ def _document(reply: ChatReply) -> dict[str, Any]:
     }
 
 
-def _converse(session: ChatSession) -> None:
-    """Reads messages from the terminal and answers them, until /exit, end of input, or two Ctrl-C in a row."""
+def _converse(session: ChatSession, pictures: list[Any]) -> None:
+    """Reads messages from the terminal and answers them, until /exit, end of input, or two Ctrl-C in a row.
+
+    `pictures` go with the next message.
+    """
     with contextlib.suppress(ImportError):  # not on every system; its import gives input() line editing and a history
         import readline  # noqa: F401
-    note_to_people("/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer")
+    note_to_people("/image FILE, /reset forgets the conversation, /exit leaves, Ctrl-C stops an answer")
     interrupted = False
     while True:
         try:
@@ -139,16 +156,34 @@ def _converse(session: ChatSession) -> None:
             return
         if text == "/reset":
             session.reset()
+            pictures = []
             note("forgotten")
+        elif text.split(maxsplit=1)[:1] == ["/image"]:
+            pictures = _with_picture(pictures, text.removeprefix("/image").strip())
         elif text:
-            interrupted = _turn(session, text)
+            interrupted = _turn(session, text, pictures)
+            pictures = []
 
 
-def _turn(session: ChatSession, text: str) -> bool:
-    """One message and its answer, with the results of tools it asks for; True if Ctrl-C stopped it."""
+def _with_picture(pictures: list[Any], path: str) -> list[Any]:
+    """The pictures and one more; a note, and only they, if it cannot be read."""
+    from ..images import open_image
+
+    try:
+        return [*pictures, open_image(path)]
+    except MinistralError as error:
+        note(str(error))
+        return pictures
+
+
+def _turn(session: ChatSession, text: str, pictures: list[Any]) -> bool:
+    """One message with its pictures, and its answer with the results of tools that it asks for.
+
+    True if Ctrl-C stopped it.
+    """
     before, stream = session.messages, None
     try:
-        stream = session.ask(text)
+        stream = session.ask(text, pictures)
         _answer(stream)
         while calls := session.keep(stream).message.tool_calls:
             stream = session.give_results({call.id: input(f"result of {call.name} > ") for call in calls})

@@ -6,7 +6,18 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Commands, add_cache, add_model, add_sampling, new_command, sampling_params, token_ids, whole
+from .arguments import (
+    Commands,
+    add_cache,
+    add_images,
+    add_model,
+    add_sampling,
+    new_command,
+    open_images,
+    sampling_params,
+    token_ids,
+    whole,
+)
 from .failures import UsageError
 from .hosts import add_hosts
 from .models import OpenModel, open_model
@@ -17,6 +28,8 @@ if TYPE_CHECKING:
     from infer.answer import Completion, TokenLogprob
     from infer.generate import Generator
     from infer.sampling import SamplingParams
+
+    from ..tokenizer import ChatTokens
 
 _DESCRIPTION = """\
 Continues prompts as they are, without a chat template. A single prompt streams to
@@ -47,6 +60,7 @@ def add_command(commands: Commands) -> None:
     what.add_argument(
         "--ids", action="append", type=token_ids, metavar="A,B,C", help="token ids to continue; several make a batch"
     )
+    add_images(parser, "before the text of the prompt, or for the image tokens of --ids")
     what.add_argument("--ids-file", metavar="FILE", help="a line of token ids per prompt, or JSON lists of them")
     add_cache(parser)
     add_sampling(parser)
@@ -63,16 +77,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Generates and prints; returns the exit code."""
     if arguments.logprobs is not None and not arguments.json:
         raise UsageError("--logprobs needs --json")
-    ids = _given_ids(arguments)
-    opened = open_model(arguments, tokenizer="needed" if ids is None else "if there")
+    ids, pictures = _given_ids(arguments), open_images(arguments)
+    if pictures and len(ids if ids is not None else arguments.prompt) != 1:
+        raise UsageError("--image: expected a single prompt, which the pictures belong to")
+    opened = open_model(arguments, tokenizer="needed" if ids is None or pictures else "if there", images=bool(pictures))
     params = sampling_params(arguments, logprobs=arguments.logprobs)
-    prompts = ids if ids is not None else [_encode(opened, text) for text in arguments.prompt]
+    shown = [opened.required_tokenizer.encode_image(picture) for picture in pictures]
+    prompts = ids if ids is not None else [_encode(opened, text, shown) for text in arguments.prompt]
+    images = [[image for one in shown for image in one.images]] * len(prompts)
     generator = opened.generator(arguments.max_length, arguments.cache_dtype)
     if len(prompts) == 1 and not arguments.json:
-        _stream(generator, prompts[0], params)
+        _stream(generator, prompts[0], images, params)
     else:
         with waiting(f"generating from {len(prompts)} prompts"):
-            completions = generator.generate(prompts, params)
+            completions = generator.generate(prompts, params, images=images)
         _show_batch(generator, completions, as_json=arguments.json)
     _tell_speed(generator)
     return 0
@@ -102,13 +120,16 @@ def _listed_ids(text: str) -> list[list[int]]:
     return prompts
 
 
-def _encode(opened: OpenModel, prompt: str) -> list[int]:
-    return opened.required_tokenizer.encode(read_text("-") if prompt == "-" else prompt, bos=True)
+def _encode(opened: OpenModel, prompt: str, shown: list[ChatTokens]) -> list[int]:
+    """bos, the pictures, the text."""
+    tokenizer = opened.required_tokenizer
+    text = tokenizer.encode(read_text("-") if prompt == "-" else prompt)
+    return [tokenizer.bos_id, *(token for picture in shown for token in picture.tokens), *text]
 
 
-def _stream(generator: Generator, prompt: list[int], params: SamplingParams) -> None:
+def _stream(generator: Generator, prompt: list[int], images: list[list[Any]], params: SamplingParams) -> None:
     """Writes text as it comes, or the ids where there is no tokenizer."""
-    pieces = generator.stream_ids([prompt], params)
+    pieces = generator.stream_ids([prompt], params, images=images)
     with waiting(f"reading a prompt of {len(prompt)} tokens"):
         piece = next(pieces, None)
     separator = ""

@@ -43,8 +43,11 @@ class OpenModel:
         return Generator(self.model, self.tokenizer, max_length=max_length, cache_dtype=cache_dtype)
 
 
-def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse) -> OpenModel:
-    """Finds and loads what the arguments of `add_model` name; the tokenizer first, since it is quick to fail."""
+def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse, images: bool = False) -> OpenModel:
+    """Finds and loads what the arguments of `add_model` name; the tokenizer first, since it is quick to fail.
+
+    What reads `images` is loaded only for a command that may show some.
+    """
     from ..checkpoints.hub import resolve
     from ..checkpoints.load import load_model
     from ..compilation import keep_compiled_programs
@@ -61,6 +64,7 @@ def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse) -> Ope
             dtype=arguments.dtype,
             windows=windows,
             activations=arguments.activations,
+            vision=images,
             mesh=arguments.mesh,
             rules=arguments.rules,
         )

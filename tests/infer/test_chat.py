@@ -14,6 +14,7 @@ from infer.generate import Generator
 from infer.sampling import SamplingParams
 from ministral_jax.errors import RequestError, TokenizerError
 from ministral_jax.tokenizer import Tokenizer
+from tests.infer.tiny_models import tiny_model
 from tests.tekken_files import write_tiny_tekken
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -28,7 +29,7 @@ class ScriptedGenerator(Generator):
         self.prompts: list[list[int]] = []
         self._answers = list(answers)
 
-    def stream_ids(self, prompts: Any, params: Any = None, *, seconds_per_call: float = 0.0) -> Iterator[Piece]:
+    def stream_ids(self, prompts: Any, params: Any = None, **_: Any) -> Iterator[Piece]:
         self.prompts += prompts
         ids = self._answers.pop(0)
         for at in range(0, len(ids), 3):
@@ -143,6 +144,7 @@ def test_images_are_refused_by_a_text_model(tokenizer):
             return type("Tokens", (), {"tokens": [1], "images": (1, 2)})
 
     generator = ScriptedGenerator(tokenizer)
+    generator.model = tiny_model()
     generator.tokenizer = WithImages()  # type: ignore[assignment]
     with pytest.raises(RequestError, match="2 images in the conversation"):
         ChatStream(generator, HELLO)
