@@ -31,17 +31,14 @@ from .conversion.adapters import (
     PEFT_CONFIG,
     PEFT_FILE,
     AdapterSettings,
-    is_mistral_adapter,
-    is_peft,
     mistral_document,
     peft_document,
+    require_adapter,
 )
-from .conversion.canonical import LORA_LEAVES, PEFT_PREFIX, Tensor
+from .conversion.canonical import LORA_LEAVES, PEFT_PREFIX
 from .conversion.expected import interleaved_heads
-from .conversion.opening import Checkpoint, open_checkpoint
-from .conversion.pieces import DTYPES, Dtype, Pieces
-from .json_pieces import shown
-from .safetensors_header import DTYPE_NAMES
+from .conversion.opening import open_checkpoint
+from .conversion.pieces import Dtype, Pieces
 from .safetensors_writer import TensorSpec, write_safetensors
 from .translate import Name, hf_name
 
@@ -49,7 +46,6 @@ Model = Transformer | StackedTransformer
 
 _DOWN, _UP = LORA_LEAVES
 _PARTS: Mapping[str, str] = {_DOWN: "lora_a", _UP: "lora_b"}
-_READ_DTYPES = (*DTYPES.values(), np.dtype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -77,41 +73,19 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     Raises MinistralError in one line for files that are missing, damaged, of another base or not a plain LoRA.
     """
     folder = Path(folder).expanduser()
-    if not is_peft(folder) and not is_mistral_adapter(folder):
-        raise CheckpointError(
-            f"{folder}: no adapter; expected a folder with {PEFT_CONFIG} and {PEFT_FILE}, or with {MISTRAL_FILE} and "
-            "no model beside it"
-        )
+    require_adapter(folder)
     with open_checkpoint(folder, base=config) as opened:
         assert opened.adapter is not None
         ranks, pieces = opened.adapter_ranks(), Pieces(opened)
         matrices: dict[str, dict[str, np.ndarray]] = {}
         for tensor in opened.tensors.values():
-            _require_numbers(tensor, opened)
-            matrices.setdefault(tensor.name.module, {})[_PARTS[tensor.name.leaf]] = _whole(tensor, pieces)
+            matrix = pieces.whole(tensor, interleaved=False)
+            matrices.setdefault(tensor.name.module, {})[_PARTS[tensor.name.leaf]] = matrix
         modules = {
             module: LowRank(rank, opened.adapter.scaling_of(theirs), opened.adapter.dropout)
             for module, (theirs, rank) in zip(matrices, ranks.items(), strict=True)
         }
     return Adapter(folder, modules, matrices)
-
-
-def _require_numbers(tensor: Tensor, opened: Checkpoint) -> None:
-    if tensor.dtype not in _READ_DTYPES:
-        raise CheckpointError(
-            f"{opened.reader.path_of(tensor.stored)}: tensor {shown(tensor.stored)} has dtype "
-            f"{DTYPE_NAMES[tensor.dtype]}, expected one of {', '.join(DTYPE_NAMES[dtype] for dtype in _READ_DTYPES)}"
-        )
-
-
-def _whole(tensor: Tensor, pieces: Pieces) -> np.ndarray:
-    """The matrix in float32 and memory order."""
-    whole, at = np.empty(tensor.shape, np.float32), 0
-    flat = whole.reshape(-1)
-    for piece in pieces.of(tensor, interleaved=False):
-        flat[at : at + piece.size] = piece
-        at += piece.size
-    return whole
 
 
 def attach_adapter(model: Model, adapter: Adapter) -> None:
@@ -173,15 +147,22 @@ def file_modules(model: Model, name: str, linear: Linear) -> Iterator[tuple[str,
 
 
 def save_adapter(
-    directory: str | Path, model: Model, *, to: Layout, dtype: Dtype | None = None, base: str | None = None
+    directory: str | Path,
+    model: Model,
+    *,
+    to: Layout,
+    dtype: Dtype | None = None,
+    base: str | None = None,
+    config: ModelConfig | None = None,
 ) -> None:
     """Writes the adapter of `model`: `lora.safetensors` and params.json (mistral), or PEFT's two files (hf).
 
     `dtype` None is that of the model's dense weights, which mistral-inference asks for. `base` is the name or folder of
-    the model for PEFT to find. The mistral layout has one factor for all modules: where they differ, B is multiplied.
-    An adapter that is there is replaced, each file when its successor is complete.
+    the model for PEFT to find. `config` is the base's own, where the model was read without its vision tower: PEFT has
+    other names for modules beside one. The mistral layout has one factor for all modules: where they differ, B is
+    multiplied. An adapter that is there is replaced, each file when its successor is complete.
     """
-    folder = Path(directory)
+    folder, config = Path(directory), config or model.config
     homes = _adapted_modules(model)
     if not homes:
         raise CheckpointError(f"{folder}: the model has no adapter to write; attach one first")
@@ -189,7 +170,7 @@ def save_adapter(
     (rank, scaling), _ = Counter((home.adapter.rank, home.adapter.scale) for home in homes.values()).most_common(1)[0]
     settings = AdapterSettings(rank, scaling, max(home.adapter.dropout for home in homes.values()), base)
     stored = np.dtype(jnp.dtype(dtype or model.tok_embeddings.weight.dtype))
-    names = {_file_name(Name(module, leaf), model.config, to): (module, leaf) for module in homes for leaf in _PARTS}
+    names = {_file_name(Name(module, leaf), config, to): (module, leaf) for module in homes for leaf in _PARTS}
     specs = {name: TensorSpec(stored, homes[module].shape(leaf)) for name, (module, leaf) in names.items()}
 
     def produce(name: str) -> np.ndarray:
@@ -197,17 +178,17 @@ def save_adapter(
         values = homes[module].values(leaf)
         if leaf == _UP and to == "mistral":
             values = values * np.float32(homes[module].adapter.scale / scaling)
-            heads = interleaved_heads(module, model.config)
+            heads = interleaved_heads(module, config)
             values = interleaved_rows(values, heads) if heads else values
         return values.astype(stored)
 
     if to == "mistral":
         write_safetensors(folder / MISTRAL_FILE, specs, produce, {"scaling": repr(scaling)})
-        document = mistral_document(settings, params_from_config(model.config))
+        document = mistral_document(settings, params_from_config(config))
         write_json(folder / CONFIG_FILE_NAMES["mistral"], document)
     else:
         write_safetensors(folder / PEFT_FILE, specs, produce, {"format": "pt"})
-        write_json(folder / PEFT_CONFIG, _peft_document(homes, model.config, settings))
+        write_json(folder / PEFT_CONFIG, _peft_document(homes, config, settings))
 
 
 @dataclass(frozen=True)

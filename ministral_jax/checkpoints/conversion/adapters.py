@@ -86,6 +86,15 @@ def is_mistral_adapter(folder: Path) -> bool:
     return (folder / MISTRAL_FILE).is_file() and not any(folder.glob("consolidated*.safetensors"))
 
 
+def require_adapter(folder: Path) -> None:
+    """That `folder` has an adapter of either layout. Raises CheckpointError."""
+    if not is_peft(folder) and not is_mistral_adapter(folder):
+        raise CheckpointError(
+            f"{folder}: no adapter; expected a folder with {PEFT_CONFIG} and {PEFT_FILE}, or with {MISTRAL_FILE} and "
+            "no model beside it"
+        )
+
+
 def read_peft(folder: Path) -> tuple[AdapterSettings, dict[str, Any]]:
     """Settings and document of `adapter_config.json`. Raises ConfigError for an adapter that is more than B A."""
     path = folder / PEFT_CONFIG

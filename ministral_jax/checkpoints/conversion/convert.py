@@ -76,24 +76,31 @@ def convert(
     Memory stays below about 100 MB, the interpreter's own included, with orbax below 400 MB. Raises
     MinistralError in one line; what was written so far then stays in `target.partial`, for the next run to take up.
     """
-    folder, destination = resolve(source, revision), Path(target).expanduser().absolute()
-    with open_checkpoint(folder, base=base) as checkpoint:
+    with open_checkpoint(resolve(source, revision), base=base) as checkpoint:
         plan = plan_conversion(checkpoint, to, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        if dry_run:
-            return _report(plan, destination)
-        identity = _identity(plan)
-        if was_published(destination, identity):
-            return _report(plan, destination)
-        require_free(destination, folder, force=force)
-        with Staging(destination, identity, force=force) as staging:
-            resumed = tuple(sorted(staging.finished))
-            _require_room(plan, staging)
-            _write(plan, staging, progress)
-            if verify:
-                _verify(plan, staging)
-            if _identity(plan)["source"] != identity["source"]:
-                raise CheckpointError(f"{folder}: was changed while it was read; convert again once it is whole")
-            staging.publish()
+        return write_planned(plan, target, force=force, verify=verify, dry_run=dry_run, progress=progress)
+
+
+def write_planned(
+    plan: Plan, target: str | Path, *, force: bool, verify: bool, dry_run: bool, progress: Progress
+) -> Report:
+    """Writes what is planned, of a checkpoint that is open, into the new folder `target`; the rest as in `convert`."""
+    destination, folder = Path(target).expanduser().absolute(), plan.source.folder
+    if dry_run:
+        return _report(plan, destination)
+    identity = _identity(plan)
+    if was_published(destination, identity):
+        return _report(plan, destination)
+    require_free(destination, folder, force=force)
+    with Staging(destination, identity, force=force) as staging:
+        resumed = tuple(sorted(staging.finished))
+        _require_room(plan, staging)
+        _write(plan, staging, progress)
+        if verify:
+            _verify(plan, staging)
+        if _identity(plan)["source"] != identity["source"]:
+            raise CheckpointError(f"{folder}: was changed while it was read; convert again once it is whole")
+        staging.publish()
     return _report(plan, destination, resumed)
 
 
@@ -115,6 +122,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     source = plan.source
     return {
         "source": file_identities([*source.reader.paths, *source.config_paths, *plan.carried]),
+        "merged": source.merged,
         "to": plan.to,
         "dtype": plan.dtype,
         "files": {file: len(names) for file, names in plan.files.items()},
@@ -182,7 +190,12 @@ def _write_manifest(plan: Plan, staging: Staging) -> None:
     sizes = {path.name: path.stat().st_size for path in plan.source.reader.paths}
     write_manifest(
         folder,
-        source={"layout": plan.source.kind, "adapter": plan.source.adapter is not None, "files": sizes},
+        source={
+            "layout": plan.source.kind,
+            "adapter": plan.source.adapter is not None,
+            "files": sizes,
+            **({"merged": plan.source.merged["settings"]} if plan.source.merged else {}),
+        },
         options={"to": plan.to, "dtype": plan.dtype},
         documents=plan.kept,
         files=files,

@@ -18,8 +18,9 @@ from ...config import ModelConfig
 from ...config_files import CONFIG_FILE_NAMES, config_from_hf, config_from_params, detect_layout, read_config
 from ...config_files.json_file import read_json_object
 from ...errors import CheckpointError, ConfigError
+from ..json_pieces import shown
 from ..safetensors import SafetensorsFile
-from ..safetensors_header import TensorInfo
+from ..safetensors_header import DTYPE_NAMES, TensorInfo
 from ..translate import hf_name
 from ..weight_files import WeightFiles
 from .adapters import (
@@ -42,7 +43,8 @@ from .orbax_folder import OrbaxReader, is_orbax
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened folder: `tensors` by canonical name, in the order of the model; `dropped` are those that no conversion
-    carries, by kind. `config` is the model's, with an adapter its base's. A context manager.
+    carries, by kind. `config` is the model's, with an adapter its base's. `merged` tells apart what was merged into
+    the tensors, if anything. A context manager.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     dropped: Counter[str]
     adapter: AdapterSettings | None = None
+    merged: Mapping[str, Any] | None = None
 
     def adapter_ranks(self) -> dict[str, int]:
         """HF name of each module of an adapter -> rank of its matrices."""
@@ -104,6 +107,7 @@ class _OneFile:
         self._file.close()
 
 
+_MATRIX_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _KEPT_READERS: Mapping[str, Callable[[Mapping[str, Any]], object]] = {
     "mistral": config_from_params,
     "hf": config_from_hf,
@@ -205,6 +209,12 @@ def _base_config(folder: Path, base: str | Path | None) -> ModelConfig:
 
 
 def _ranks(opened: Checkpoint) -> dict[str, int]:
+    for tensor in opened.tensors.values():
+        if tensor.dtype.name not in _MATRIX_DTYPES:
+            raise CheckpointError(
+                f"{opened.reader.path_of(tensor.stored)}: tensor {shown(tensor.stored)} has dtype "
+                f"{DTYPE_NAMES[tensor.dtype]}, expected one of {', '.join(_MATRIX_DTYPES)}"
+            )
     ranks = opened.adapter_ranks()
     if not ranks:
         raise CheckpointError(f"{opened.reader.paths[0]}: holds no tensors; expected the matrices of an adapter")

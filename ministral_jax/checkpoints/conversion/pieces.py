@@ -63,6 +63,15 @@ class Pieces:
                 piece = _reordered(piece, tensor, interleaved=interleaved)
             yield piece if dtype is None or dtype == tensor.dtype else self._cast(piece, dtype, tensor)
 
+    def whole(self, tensor: Tensor, *, interleaved: bool) -> np.ndarray:
+        """All of `tensor` in float32, in memory of its own."""
+        whole, at = np.empty(tensor.shape, np.float32), 0
+        flat = whole.reshape(-1)
+        for piece in self.of(tensor, interleaved=interleaved):
+            flat[at : at + piece.size] = piece
+            at += piece.size
+        return whole
+
     def _step(self, tensor: Tensor, total: int) -> int:
         """Elements of as many whole heads as fit a buffer, at least one."""
         assert tensor.heads is not None
