@@ -1,0 +1,115 @@
+"""Products by group: every row meets its own expert's matrix, and the matrices of experts without rows are not read."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ministral_jax.grouped_product import MAX_BRANCHES, grouped_product, rows_per_block
+
+from .paged_runner import QUICK
+
+ROWS, WIDTH, OUT = 40, 12, 20
+FEW, MANY = 5, MAX_BRANCHES + 3  # experts with a branch for each, and more
+CLOSE = 1e-5
+
+
+def row_experts(sizes: list[int]) -> np.ndarray:
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+@functools.cache
+def problem(n_experts: int, n_rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(n_experts)
+    shapes = ((n_rows, WIDTH), (n_experts, OUT, WIDTH))
+    rows, weights = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return rows, weights
+
+
+@functools.partial(jax.jit, static_argnames="implementation", compiler_options=QUICK)
+def product(rows: Any, weights: Any, sizes: Any, implementation: str) -> Any:
+    return grouped_product(rows, weights, sizes, implementation=implementation)  # type: ignore[arg-type]
+
+
+def one_by_one(rows: np.ndarray, weights: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Row by row in float64; zeros past the last group."""
+    out = np.zeros((len(rows), weights.shape[1]))
+    for row, expert in enumerate(row_experts(sizes)):
+        out[row] = weights[expert].astype(np.float64) @ rows[row].astype(np.float64)
+    return out
+
+
+def group_sizes(n_experts: int) -> st.SearchStrategy[list[int]]:
+    """Any sizes that sum up to ROWS at most: many experts empty, one with everything, a remainder in no group."""
+    cuts = st.lists(st.integers(0, ROWS), min_size=n_experts, max_size=n_experts)
+    return cuts.map(lambda cuts: np.diff([0, *sorted(cuts)]).tolist())
+
+
+@pytest.mark.parametrize("n_experts", [FEW, MANY])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_each_row_meets_the_matrix_of_its_expert_and_no_other_is_read(n_experts: int, data: st.DataObject) -> None:
+    sizes = data.draw(group_sizes(n_experts))
+    rows, weights = problem(n_experts)
+    expected = one_by_one(rows, weights, sizes)
+    poisoned = np.where((np.array(sizes) > 0)[:, None, None], weights, np.nan)
+    found = np.asarray(product(rows, poisoned, np.array(sizes, np.int32), "blocks"))
+    assert np.abs(found - expected).max() <= CLOSE * np.ptp(expected, axis=None) + 1e-12
+
+
+@settings(max_examples=10)
+@given(sizes=group_sizes(FEW))
+def test_the_ragged_product_is_the_same_function(sizes: list[int]) -> None:
+    rows, weights = problem(FEW)
+    expected = one_by_one(rows, weights, sizes)
+    found = np.asarray(product(rows, weights, np.array(sizes, np.int32), "ragged"))
+    assert np.abs(found - expected).max() <= CLOSE * np.ptp(expected, axis=None) + 1e-12
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 600])
+def test_any_number_of_rows_fits_into_blocks(n_rows: int) -> None:
+    """One row alone, fewer rows than experts, and many whole blocks with remainders."""
+    rows, weights = problem(FEW, n_rows)
+    sizes = np.diff([0, *sorted(np.random.default_rng(n_rows).integers(0, n_rows + 1, FEW - 1)), n_rows]).tolist()
+    expected = one_by_one(rows, weights, sizes)
+    found = np.asarray(product(rows, weights, np.array(sizes, np.int32), "blocks"))
+    assert np.abs(found - expected).max() <= CLOSE * np.ptp(expected)
+
+
+@pytest.mark.parametrize("n_experts", [FEW, MANY])
+def test_gradients_are_those_of_the_dense_formula(n_experts: int) -> None:
+    """Of rows and of all matrices; rows past the last group and experts without rows get zeros."""
+    rows, weights = problem(n_experts)
+    sizes = [0] * n_experts
+    sizes[0], sizes[2], sizes[4] = 11, 17, 3
+    experts = row_experts(sizes)
+    answer = np.random.default_rng(1).standard_normal((ROWS, OUT)).astype(np.float32)
+
+    def dense(rows: Any, weights: Any) -> Any:
+        return jnp.sum(jnp.einsum("mi,moi->mo", rows[: len(experts)], weights[experts]) * answer[: len(experts)])
+
+    def grouped(rows: Any, weights: Any) -> Any:
+        return jnp.sum(grouped_product(rows, weights, jnp.array(sizes, jnp.int32), implementation="blocks") * answer)
+
+    compiled, expected = (
+        jax.jit(jax.grad(f, argnums=(0, 1)), compiler_options=QUICK)(rows, weights) for f in (grouped, dense)
+    )
+    for found, wanted in zip(compiled, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=CLOSE * float(np.ptp(wanted)))
+
+
+@pytest.mark.parametrize(("rows", "experts"), [(2, 8), (32, 8), (1024, 8), (16, 128), (2048, 128), (10**6, 8)])
+def test_blocks_are_filled_up_by_less_than_half_of_the_rows_where_experts_have_equal_shares(
+    rows: int, experts: int
+) -> None:
+    block = rows_per_block(rows, experts)
+    share = max(rows // experts, 1)
+    assert math.ceil(share / block) * block <= 1.5 * share
