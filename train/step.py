@@ -72,7 +72,8 @@ class TrainStep:
     `model`, filled or not, gives the structure, layout and dtypes; weights are for `initial_state`. Microbatches
     [A, B, T] follow each other and their gradients are added. Every trained token of the step counts the same, or, with
     `rows_per_mean`, the loss is the plain mean over groups of so many rows of a microbatch of each group's own mean:
-    with the rows that one device has, that is what mistral-finetune minimises. `chunk` as in `cross_entropy`.
+    with the rows that one device has, that is what mistral-finetune minimises. `chunk` is as in `cross_entropy`,
+    `options` are XLA's.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class TrainStep:
         *,
         rows_per_mean: int | None = None,
         chunk: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.specs = parameter_specs(model)
         self.trained_specs = trained_specs(model)
@@ -100,8 +102,10 @@ class TrainStep:
                 "in_shardings": (*kept, frozen, self.layout.sharding(), batch),
                 "out_shardings": (*kept, self.layout.sharding()),
             }
-        self._compiled = jax.jit(self._step, donate_argnums=(0, 1, 2), **shardings)
-        self._compiled_loss = jax.jit(self._evaluated)
+        self._compiled = jax.jit(
+            self._step, donate_argnums=(0, 1, 2), compiler_options=dict(options or {}), **shardings
+        )
+        self._compiled_loss = jax.jit(self._evaluated, compiler_options=dict(options or {}))
 
     def initial_state(self, model: StackedTransformer, key: jax.Array) -> TrainState:
         """The state before the first step. It takes over the arrays of a filled model, the trained ones as float32."""
@@ -176,7 +180,7 @@ class TrainStep:
 
         start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
         (loss, gradients), _ = jax.lax.scan(add, start, (batch._replace(loss_weights=weights), keys))
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updated = self.optimizer.update(gradients, moments, trained, step)
         trained, moments = jax.tree.map(functools.partial(jnp.where, finite), updated, (trained, moments))
