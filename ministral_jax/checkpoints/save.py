@@ -13,7 +13,17 @@ import numpy as np
 from ..config import ModelConfig
 from ..config_files import CONFIG_FILE_NAMES, Layout, write_config_json, write_params_json
 from ..row_order import interleaved_rows
-from .layouts import HEAD, HF_HEADS, expert_parts, fused_hf_name, hf_name, mistral_name, mistral_source
+from .layouts import (
+    HEAD,
+    HF_HEADS,
+    HF_PREFIXES,
+    expert_parts,
+    fused_hf_name,
+    hf_name,
+    is_vision,
+    mistral_name,
+    mistral_source,
+)
 from .safetensors_writer import TensorSpec, write_sharded
 from .weight_files import STEMS, is_weight_file
 
@@ -33,8 +43,9 @@ def save_mistral(
 ) -> None:
     """Writes `params.json` and `consolidated.safetensors`; `arrays` are those of `parameters.parameters(model)`.
 
-    Queries and keys go back to interleaved rows. `dtype` names another one than the arrays have. Only the text decoder
-    is written, and the config says so. An existing checkpoint is replaced, each file when its successor is complete.
+    Queries and keys go back to interleaved rows. `dtype` names another one than the arrays have. Of arrays without
+    a vision tower only the text decoder is written, and the config says so. An existing checkpoint is replaced, each
+    file when its successor is complete.
     """
     folder = _made(directory)
     parts = {part: where for name in arrays for part, where in _by_expert(name, config).items()}
@@ -49,7 +60,7 @@ def save_mistral(
 
     written = write_sharded(folder, STEMS["mistral"], specs, produce, max_shard_bytes=max_shard_bytes)
     _remove_others(folder, "mistral", written)
-    write_params_json(dataclasses.replace(config, vision=None), folder / CONFIG_FILE_NAMES["mistral"])
+    write_params_json(_described(config, arrays), folder / CONFIG_FILE_NAMES["mistral"])
 
 
 def save_hf(
@@ -74,7 +85,7 @@ def save_hf(
     metadata = {"format": "pt"}
     written = write_sharded(folder, STEMS["hf"], specs, produce, max_shard_bytes=max_shard_bytes, metadata=metadata)
     _remove_others(folder, "hf", written)
-    write_config_json(dataclasses.replace(config, vision=None), folder / CONFIG_FILE_NAMES["hf"])
+    write_config_json(_described(config, arrays), folder / CONFIG_FILE_NAMES["hf"])
 
 
 def _by_expert(name: str, config: ModelConfig) -> dict[str, Where]:
@@ -91,17 +102,22 @@ def _part(arrays: Mapping[str, Any], where: Where) -> Any:
 def _hf_tensors(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, tuple[tuple[int, ...], Sequence[Where]]]:
     """Tensor -> its shape, and what it holds: with latent attention all experts, w3 behind w1."""
     tensors: dict[str, tuple[tuple[int, ...], Sequence[Where]]] = {}
+    prefix = HF_PREFIXES[1] if any(map(is_vision, arrays)) else HF_PREFIXES[0]
     for name, array in arrays.items():
         layer, experts, part = name.removesuffix(".weight").partition(".feed_forward.experts.")
         if experts and config.latent:
-            (n_experts, rows, columns), fused = array.shape, fused_hf_name(layer, part)
+            (n_experts, rows, columns), fused = array.shape, fused_hf_name(layer, part, prefix)
             whole = [(f"{layer}{experts}{w}.weight", None) for w in (("w2",) if part == "w2" else ("w1", "w3"))]
             tensors[fused] = (n_experts, rows * len(whole), columns), whole
             continue
         for expert_name, where in _by_expert(name, config).items():
-            target = HF_HEADS[0] if name == HEAD else hf_name(mistral_name(expert_name, config))
+            target = HF_HEADS[0] if name == HEAD else hf_name(mistral_name(expert_name, config), prefix)
             tensors[target] = tuple(_part(arrays, where).shape), [where]
     return tensors
+
+
+def _described(config: ModelConfig, arrays: Mapping[str, Any]) -> ModelConfig:
+    return config if any(map(is_vision, arrays)) else dataclasses.replace(config, vision=None)
 
 
 def _made(directory: str | Path) -> Path:
