@@ -12,7 +12,7 @@ from ..errors import MinistralError, RequestError
 from .arguments import Commands, new_command, positive
 from .convert import byte_count
 from .failures import UsageError
-from .output import progress_bar, waiting, write, write_json
+from .output import note_to_people, progress_bar, waiting, write, write_json
 from .texts import read_text
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ nvfp4  4-bit floats in groups of 16; activations too if --calibrate is given
 nf4    4-bit quantiles in blocks of 64 (QLoRA's), of this program alone
 
 The first three are compressed-tensors files, which vLLM and transformers load; fp8 in the
-mistral layout is written as Mistral publishes it. Matrices are gone through one at a time."""
+mistral layout is written as Mistral publishes it. Matrices are gone through one at a time,
+and a run that was cut off is taken up where its last file ended."""
 
 _EXAMPLE = """\
 examples:
@@ -110,10 +111,12 @@ def _layout(asked: Layout | None, folder: Path) -> Layout:
 
 
 def _refuse_taken(target: str, folder: Path, require_free: Any, force: bool) -> None:
-    """Before a model is loaded for it."""
+    """Before a model is loaded for it; a run that was cut off may have left more than is seen here."""
     from pathlib import Path
 
-    require_free(Path(target).expanduser().absolute(), folder, force=force)
+    destination = Path(target).expanduser().absolute()
+    if not destination.with_name(f"{destination.name}.partial").exists():
+        require_free(destination, folder, force=force)
 
 
 def _stored(name: str, layout: Layout, *, calibrated: bool, double: bool) -> LinearFormat:
@@ -190,6 +193,7 @@ def _print_json(report: QuantizationReport, perplexity: dict[str, float | None] 
             "bytes_before": report.n_bytes_before,
             "bytes": report.n_bytes,
             "files": dict(report.files),
+            "resumed": list(report.resumed),
             "errors": dict(report.errors),
             "perplexity": perplexity,
         }
@@ -197,6 +201,8 @@ def _print_json(report: QuantizationReport, perplexity: dict[str, float | None] 
 
 
 def _show(report: QuantizationReport, perplexity: dict[str, float | None] | None) -> None:
+    if report.resumed:
+        note_to_people(f"taken over from a run that was cut off: {', '.join(report.resumed)}")
     write(
         f"wrote {report.target}: {report.n_bytes:,} bytes in the {report.to} layout, {report.n_bytes_before:,} before\n"
         "relative error of the weights, by layer and projection\n"

@@ -28,7 +28,7 @@ from .opening import Checkpoint, open_checkpoint
 from .orbax_folder import write_orbax
 from .pieces import Dtype, Pieces
 from .plan import Plan, plan_conversion
-from .staging import Staging, file_identities, require_free, sha256_of, was_published
+from .staging import Staging, file_identities, notes_if_published, require_free, sha256_of
 
 # Bytes done, bytes in all.
 Progress = Callable[[int, int], object]
@@ -89,7 +89,7 @@ def write_planned(
     if dry_run:
         return _report(plan, destination)
     identity = _identity(plan)
-    if was_published(destination, identity):
+    if notes_if_published(destination, identity) is not None:
         return _report(plan, destination)
     require_free(destination, folder, force=force)
     with Staging(destination, identity, force=force) as staging:

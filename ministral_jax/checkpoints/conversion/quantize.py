@@ -32,10 +32,11 @@ from ..safetensors_writer import TensorSpec, index_document, shard_file_names, s
 from ..translate import Name, hf_name
 from ..weight_files import STEMS
 from .canonical import Tensor
+from .manifest import FileRecord
 from .opening import Checkpoint, open_checkpoint
 from .pieces import DTYPES, Pieces
 from .plan import HF_SHARD_BYTES, carried_files
-from .staging import Staging, file_identities, require_free
+from .staging import Notes, Staging, file_identities, notes_if_published, require_free
 
 Progress = Callable[[int, int], object]
 
@@ -49,7 +50,10 @@ _IGNORED: Mapping[Layout, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was written: files with their sizes, bytes before and after, and each projection's relative error."""
+    """What was written: files with their sizes, bytes before and after, and each projection's relative error.
+
+    `resumed` are the files taken over from a run that was killed.
+    """
 
     target: Path
     to: Layout
@@ -57,6 +61,7 @@ class QuantizationReport:
     n_bytes: int
     files: Mapping[str, int]
     errors: Mapping[str, float] = field(repr=False)
+    resumed: tuple[str, ...] = ()
 
 
 def quantize(
@@ -74,27 +79,31 @@ def quantize(
     """Writes the dense model `source`, a folder or hub id, its projections as `stored`, into the new folder `target`.
 
     `to` is the layout (default: the source's). `input_maxima` gives the largest input of each projection, from
-    `calibration.input_maxima`, for formats that keep a scale of activations. `force` replaces a checkpoint at `target`.
-    Memory beyond the interpreter's is a few copies of the largest matrix. Raises MinistralError in one line; nothing is
-    ever under the final name but the whole result.
+    `calibration.input_maxima`, for formats that keep a scale of activations. `max_shard_bytes` bounds the weight files.
+    `force` replaces a checkpoint at `target` and discards what another run left unfinished. Memory beyond the
+    interpreter's is a few copies of the largest matrix. Raises MinistralError in one line; what was written so far then
+    stays in `target.partial`, for the next run to take up.
     """
     folder, destination = resolve(source, revision), Path(target).expanduser().absolute()
     with open_checkpoint(folder) as checkpoint:
         _refuse(checkpoint)
         layout: Layout = to or ("hf" if checkpoint.kind == "hf" else "mistral")
-        job = _Job(checkpoint, layout, stored, input_maxima or {})
-        require_free(destination, folder, force=force)
-        identity = {
-            "source": file_identities([*checkpoint.reader.paths, *checkpoint.config_paths]),
-            "quantize": repr(stored),
-            "to": layout,
-        }
-        with Staging(destination, identity, force=True) as staging:
-            files = job.write(staging.folder, max_shard_bytes, progress)
-            staging.publish()
+        job = _Job(checkpoint, layout, stored, input_maxima or {}, max_shard_bytes)
+        identity, resumed = job.identity(), tuple[str, ...]()
+        notes = notes_if_published(destination, identity, mark=CONFIG_FILE_NAMES[layout])
+        if notes is None:
+            require_free(destination, folder, force=force)
+            with Staging(destination, identity, force=force) as staging:
+                resumed = tuple(sorted(staging.finished))
+                notes = job.write(staging, progress)
+                if job.identity() != identity:
+                    raise CheckpointError(f"{folder}: was changed while it was read; quantise again once it is whole")
+                staging.publish()
         before = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
-    sizes = {name: (destination / name).stat().st_size for name in files}
-    return QuantizationReport(destination, layout, before, job.n_bytes, sizes, job.errors)
+    sizes = {name: (destination / name).stat().st_size for name in job.files}
+    found = {module: error for of_file in notes.values() for module, error in of_file.items()}
+    errors = {module: found[module] for module in job.modules}
+    return QuantizationReport(destination, layout, before, job.n_bytes, sizes, errors, resumed)
 
 
 def _refuse(checkpoint: Checkpoint) -> None:
@@ -113,16 +122,41 @@ class _Job:
     """One checkpoint on its way: names and shapes of what is written, and the matrices as they are encoded."""
 
     def __init__(
-        self, source: Checkpoint, layout: Layout, stored: LinearFormat, input_maxima: Mapping[str, float]
+        self,
+        source: Checkpoint,
+        layout: Layout,
+        stored: LinearFormat,
+        input_maxima: Mapping[str, float],
+        max_shard_bytes: int | None,
     ) -> None:
         self.source, self.stored, self.maxima = source, stored, input_maxima
         self.layout: Layout = layout
-        self.errors: dict[str, float] = {}
         self._pieces = Pieces(source)
         self._encoded: tuple[str, Parts] = ("", {})
+        self._errors: Notes = {}
         self._targets = dict(self._named())
+        projections = (tensor.name.module for _, tensor, part in self._targets.values() if part is not None)
+        self.modules = list(dict.fromkeys(projections))
         self.specs = {name: spec for name, (spec, _, _) in self._targets.items()}
         self.n_bytes = sum(spec.n_bytes for spec in self.specs.values())
+        limit = max_shard_bytes or (HF_SHARD_BYTES if layout == "hf" else self.n_bytes + 1)
+        shards = shard_names(self.specs, limit)
+        self.files = dict(zip(shard_file_names(STEMS[layout], len(shards)), shards, strict=True))
+        self.documents = {CONFIG_FILE_NAMES[layout]: self._config_document()}
+        if len(self.files) > 1:
+            self.documents[f"{STEMS[layout]}.safetensors.index.json"] = index_document(self.specs, self.files)
+        self.carried = carried_files(source.folder, self.documents)
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must share with an earlier one to go on with its files."""
+        return {
+            "source": file_identities([*self.source.reader.paths, *self.source.config_paths, *self.carried]),
+            "quantize": repr(self.stored),
+            "to": self.layout,
+            "maxima": dict(self.maxima),
+            "files": {file: len(names) for file, names in self.files.items()},
+            "documents": self.documents,
+        }
 
     def _named(self) -> Iterator[tuple[str, tuple[TensorSpec, Tensor, str | None]]]:
         """Name in the target -> what it will be, the tensor it comes from, and which part it is of it."""
@@ -150,12 +184,8 @@ class _Job:
                 "columns"
             )
 
-    def write(self, folder: Path, max_shard_bytes: int | None, progress: Progress) -> list[str]:
-        """Writes everything into `folder`; returns the weight files."""
-        stem = STEMS[self.layout]
-        limit = max_shard_bytes or (HF_SHARD_BYTES if self.layout == "hf" else self.n_bytes + 1)
-        shards = shard_names(self.specs, limit)
-        files = dict(zip(shard_file_names(stem, len(shards)), shards, strict=True))
+    def write(self, staging: Staging, progress: Progress) -> Mapping[str, Notes]:
+        """Writes everything that is not there yet; returns the errors of the projections in each weight file."""
         metadata = {"format": "pt"} if self.layout == "hf" else None
         done = 0
 
@@ -166,16 +196,19 @@ class _Job:
                 done += piece.nbytes
                 progress(done, self.n_bytes)
 
-        for file, names in files.items():
-            write_streamed(folder / file, {name: self.specs[name] for name in names}, chunks, metadata)
-        documents = {CONFIG_FILE_NAMES[self.layout]: self._config_document()}
-        if len(files) > 1:
-            documents[f"{stem}.safetensors.index.json"] = index_document(self.specs, files)
-        for path in carried_files(self.source.folder, documents):
-            (folder / path.name).write_bytes(path.read_bytes())
-        for name, document in documents.items():
-            write_json(folder / name, document)
-        return list(files)
+        for file, names in self.files.items():
+            specs, path = {name: self.specs[name] for name in names}, staging.folder / file
+            if file in staging.finished:
+                done += sum(spec.n_bytes for spec in specs.values())
+                continue
+            self._errors = {}
+            sha256 = write_streamed(path, specs, chunks, metadata)
+            staging.record(file, FileRecord(path.stat().st_size, sha256), self._errors)
+        for path in self.carried:
+            (staging.folder / path.name).write_bytes(path.read_bytes())
+        for name, document in self.documents.items():
+            write_json(staging.folder / name, document)
+        return staging.notes
 
     def _chunks(self, name: str) -> Iterator[np.ndarray]:
         spec, tensor, part = self._targets[name]
@@ -189,14 +222,10 @@ class _Job:
         """The parts of one matrix, rows in the target's order; the last matrix is kept for its next part."""
         module = tensor.name.module
         if self._encoded[0] != module:
-            weight = np.empty(tensor.shape, np.float32)
-            flat, at = weight.reshape(-1), 0
-            for piece in self._pieces.of(tensor, interleaved=self.layout == "mistral"):
-                flat[at : at + piece.size] = piece
-                at += piece.size
+            weight = self._pieces.whole(tensor, interleaved=self.layout == "mistral")
             parts = encode(jnp.asarray(weight), self.stored, self.maxima.get(module))
-            if module not in self.errors:
-                self.errors[module] = relative_error(jnp.asarray(weight), parts, self.stored)
+            if module not in self._errors:
+                self._errors[module] = relative_error(jnp.asarray(weight), parts, self.stored)
             self._encoded = module, parts
         return self._encoded[1]
 

@@ -24,6 +24,9 @@ from .manifest import MANIFEST, FileRecord
 
 JOURNAL, NEW, REPLACED, LOCK = "journal.jsonl", "new", "replaced", "lock"
 _NEW_JOURNAL = f".{JOURNAL}"
+# What a run leaves for the next beside the sum of a file: numbers by name.
+Notes = dict[str, float]
+
 _CHECKPOINT_MARKS = (*CONFIG_FILE_NAMES.values(), PEFT_CONFIG, MANIFEST)
 
 
@@ -31,7 +34,8 @@ class Staging:
     """DST.partial of one conversion, locked. A context manager; `publish` gives its contents the final name.
 
     `folder` is where to write. `finished` are the files of an earlier run of the same conversion, checked by their
-    sums. `identity` must be equal for a run to be taken over: `source` (what the source's files are) and all else.
+    sums, `notes` what was noted with each. `identity` must be equal for a run to be taken over: `source` (what the
+    source's files are) and all else.
     """
 
     def __init__(self, target: Path, identity: Mapping[str, Any], *, force: bool) -> None:
@@ -39,6 +43,7 @@ class Staging:
         self._partial = target.with_name(f"{target.name}.partial")
         self.folder = self._partial / NEW
         self.finished: dict[str, FileRecord] = {}
+        self.notes: dict[str, Notes] = {}
         self._lock: IO[bytes] | None = None
         with _named(target):
             self._partial.mkdir(parents=True, exist_ok=True)
@@ -57,12 +62,12 @@ class Staging:
     ) -> None:
         self._release()
 
-    def record(self, name: str, record: FileRecord) -> None:
-        """Notes that the file `name` in `folder` is complete."""
-        self.finished[name] = record
-        line = json.dumps({"file": name, "bytes": record.n_bytes, "sha256": record.sha256})
+    def record(self, name: str, record: FileRecord, notes: Notes | None = None) -> None:
+        """Notes that the file `name` in `folder` is complete, and what the next run is to know of it."""
+        self.finished[name], self.notes[name] = record, notes or {}
+        line = _line(name, record, self.notes[name])
         with _named(self.target), open(self._partial / JOURNAL, "a", encoding="utf-8") as journal:
-            journal.write(line + "\n")
+            journal.write(line)
             journal.flush()
             os.fsync(journal.fileno())
 
@@ -104,11 +109,12 @@ class Staging:
             )
         self._put_back()
         if begun and not difference:
-            self.finished = {name: record for name, record in begun[1].items() if _is(self.folder / name, record)}
+            self.finished = {name: record for name, (record, _) in begun[1].items() if _is(self.folder / name, record)}
+            self.notes = {name: begun[1][name][1] for name in self.finished}
         self._remove_unfinished()
         self.folder.mkdir(exist_ok=True)
-        lines = [identity, *({"file": n, "bytes": r.n_bytes, "sha256": r.sha256} for n, r in self.finished.items())]
-        _replace(self._partial / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))
+        lines = [_line(name, record, self.notes[name]) for name, record in self.finished.items()]
+        _replace(self._partial / JOURNAL, "".join([json.dumps(identity) + "\n", *lines]))
 
     def _put_back(self) -> None:
         """What a run that was killed had moved out of the way, and not yet replaced."""
@@ -126,15 +132,20 @@ class Staging:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def was_published(target: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the conversion `identity` got its name and was killed right then; what it left behind is removed."""
+def notes_if_published(target: Path, identity: Mapping[str, Any], *, mark: str = MANIFEST) -> dict[str, Notes] | None:
+    """What was noted with each file, if the conversion `identity` got its name and was killed right then, else None.
+
+    What it left behind is removed. `mark` is a file that it has written.
+    """
     partial = target.with_name(f"{target.name}.partial")
-    if not (partial / JOURNAL).is_file() or (partial / NEW).exists() or not (target / MANIFEST).is_file():
-        return False
+    if not (partial / JOURNAL).is_file() or (partial / NEW).exists() or not (target / mark).is_file():
+        return None
     begun = _begun(partial)
     with _named(target):
         _remove(partial)
-    return begun is not None and begun[0] == json.loads(json.dumps(identity))
+    if begun is None or begun[0] != json.loads(json.dumps(identity)):
+        return None
+    return {name: notes for name, (_, notes) in begun[1].items()}
 
 
 def require_free(target: Path, source: Path, *, force: bool) -> None:
@@ -177,16 +188,23 @@ def _is(path: Path, record: FileRecord) -> bool:
     return path.is_file() and path.stat().st_size == record.n_bytes and sha256_of(path) == record
 
 
-def _begun(partial: Path) -> tuple[dict[str, Any], dict[str, FileRecord]] | None:
+def _line(name: str, record: FileRecord, notes: Notes) -> str:
+    """A finished file in the journal."""
+    entry = {"file": name, "bytes": record.n_bytes, "sha256": record.sha256, **({"notes": notes} if notes else {})}
+    return json.dumps(entry) + "\n"
+
+
+def _begun(partial: Path) -> tuple[dict[str, Any], dict[str, tuple[FileRecord, Notes]]] | None:
     """Identity and finished files of an earlier run; a last line that was not finished counts for nothing."""
     path = partial / JOURNAL
     try:
         text = path.read_text(encoding="utf-8")
         first, *rest = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        return first, {line["file"]: FileRecord(line["bytes"], line["sha256"]) for line in rest}
+        files = {line["file"]: (FileRecord(line["bytes"], line["sha256"]), line.get("notes", {})) for line in rest}
+        return first, files
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (AttributeError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: damaged; remove {partial} to begin anew") from None
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from ministral_jax import calibration
 from ministral_jax.calibration import input_maxima
+from ministral_jax.checkpoints.conversion import quantize as module
+from ministral_jax.checkpoints.conversion import staging
 from ministral_jax.checkpoints.conversion.convert import convert
 from ministral_jax.checkpoints.conversion.quantize import quantize
 from ministral_jax.checkpoints.load import load_model
@@ -31,6 +33,7 @@ STORED = [
     LinearFormat("nf4"),
     LinearFormat("nf4", double=True),
 ]
+PARTS = [*(f"attention.{part}" for part in ("wq", "wk", "wv", "wo")), *(f"feed_forward.w{i}" for i in (1, 2, 3))]
 
 
 def tensors_of(path):
@@ -156,6 +159,83 @@ def test_a_failure_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     quantize(tmp_path / "dense", tmp_path / "out", stored=STORED[0])
     assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
+
+
+def interrupted(source, target, monkeypatch, **options):
+    """A run that ends after its second file."""
+    with monkeypatch.context() as patch:
+        calls = iter([module.write_streamed, module.write_streamed])
+
+        def write(*arguments):
+            try:
+                return next(calls)(*arguments)
+            except StopIteration:
+                raise KeyboardInterrupt from None
+
+        patch.setattr(module, "write_streamed", write)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, target, max_shard_bytes=40_000, **options)
+    assert not target.exists()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_that_was_cut_off_is_finished_by_the_next_to_the_same_bytes(tmp_path, monkeypatch):
+    source = tmp_path / "dense"
+    write_tiny_checkpoint(source, tiny_config())
+    maxima = {f"layers.{i}.{part}": 1.0 + i for i in range(3) for part in PARTS}
+    options = {"stored": LinearFormat("fp8_tensor", "static"), "to": "hf", "input_maxima": maxima}
+    expected = quantize(source, tmp_path / "whole", max_shard_bytes=40_000, **options)
+    interrupted(source, tmp_path / "out", monkeypatch, **options)
+    report = quantize(source, tmp_path / "out", max_shard_bytes=40_000, **options)
+    assert [name[:11] for name in report.resumed] == ["model-00001", "model-00002"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert list(report.errors.items()) == list(expected.errors.items())
+    assert sorted(os.listdir(tmp_path)) == ["dense", "out", "whole"]
+
+
+def test_other_inputs_or_another_source_are_not_mixed_with_what_was_begun(tmp_path, monkeypatch):
+    source = tmp_path / "dense"
+    write_tiny_checkpoint(source, tiny_config())
+    maxima = {f"layers.{i}.{part}": 1.0 for i in range(3) for part in PARTS}
+    options = {"stored": LinearFormat("fp8_tensor", "static"), "max_shard_bytes": 40_000}
+    interrupted(source, tmp_path / "out", monkeypatch, stored=options["stored"], input_maxima=maxima)
+    with pytest.raises(CheckpointError, match=r"was begun with other options.*give --force"):
+        quantize(source, tmp_path / "out", input_maxima={**maxima, "layers.2.attention.wq": 2.0}, **options)
+    (source / "params.json").write_bytes((source / "params.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"params\.json of the source has changed since"):
+        quantize(source, tmp_path / "out", input_maxima=maxima, **options)
+    assert quantize(source, tmp_path / "out", input_maxima=maxima, force=True, **options).resumed == ()
+
+
+def test_a_run_that_was_cut_off_when_it_had_its_name_is_told_as_whole(tmp_path, monkeypatch):
+    source = tmp_path / "dense"
+    write_tiny_checkpoint(source, tiny_config())
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_remove", lambda partial: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "out", stored=STORED[0])
+    assert sorted(os.listdir(tmp_path)) == ["dense", "out", "out.partial"]
+    report = quantize(source, tmp_path / "out", stored=STORED[0])
+    assert len(report.errors) == 21
+    assert sorted(os.listdir(tmp_path)) == ["dense", "out"]
+
+
+def test_a_source_that_changes_under_a_run_is_told(tmp_path, monkeypatch):
+    source = tmp_path / "dense"
+    write_tiny_checkpoint(source, tiny_config())
+    real = module.write_streamed
+
+    def changing(*arguments):
+        os.utime(source / "consolidated.safetensors")
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "write_streamed", changing)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        quantize(source, tmp_path / "out", stored=STORED[0])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_quantised_is_one_line(tmp_path):
