@@ -58,9 +58,9 @@ class Rows(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Sums in float32, or one visit's terms of them."""
+    """Sums in float32, or one visit's terms of them. Those of the queries lie apart, one array for each run of them."""
 
-    q: Float[Array, "B T N H"]
+    q: tuple[Float[Array, "B run N H"], ...]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K Hv"]
 
@@ -78,35 +78,35 @@ def ring_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(settings: RingSettings, q: Array, k: Array, v: Array, ids: Array | None) -> Array:
-    return _forward(settings, q, k, v, ids).out.astype(q.dtype)
+    return _forward(settings, q, k, v, ids).out
 
 
 def _forward(settings: RingSettings, q: Array, k: Array, v: Array, ids: Array | None) -> Partial:
     chunks, last = settings.chunks, settings.chunks.shards - 1
-    own = Keys(k, v, ids)
-    visiting = _passed_on(chunks, own)
+    visiting = _passed_on(chunks, Keys(k, v, ids))
     # The runs of a shard lie in order, so that its own keys are seen as those of one sequence are.
-    out, lse = flash_attention(q, k, v, segment_ids=ids, return_lse=True, **settings.options)
+    own = Partial(*flash_attention(q, k, v, segment_ids=ids, return_lse=True, **settings.options))
+    seen = tuple(combined(Partial(*run)) for run in zip(*(_runs(chunks, x) for x in own), strict=True))
 
-    def visit(step: Array | int, visiting: Keys, seen: Partial) -> Partial:
-        return combined(seen, _attended(settings, step, q, ids, visiting))
+    def visit(step: Array | int, visiting: Keys, seen: tuple[Partial, ...], following: Tree) -> tuple[Tree, Any]:
+        parts, following = _attended(settings, step, q, ids, visiting, following)
+        return following, tuple(combined(old, *new) for old, new in zip(seen, parts, strict=True))
 
-    def turn(step: Array, carry: tuple[Keys, Partial]) -> tuple[Keys, Partial]:
+    def turn(step: Array, carry: tuple[Keys, tuple[Partial, ...]]) -> tuple[Keys, tuple[Partial, ...]]:
         visiting, seen = carry
-        following = _passed_on(chunks, visiting)
-        return following, visit(step, visiting, seen)
+        return visit(step, visiting, seen, _passed_on(chunks, visiting))
 
-    seen = Partial(out.astype(jnp.float32), lse)
     visiting, seen = lax.fori_loop(1, last, turn, (visiting, seen)) if last > 1 else (visiting, seen)
-    return visit(last, visiting, seen)
+    _, seen = visit(last, visiting, seen, None)
+    out, lse = (jnp.concatenate(runs, axis=1) for runs in zip(*seen, strict=True))
+    return Partial(out.astype(q.dtype), lse)
 
 
 def _forward_with_residuals(
     settings: RingSettings, q: Array, k: Array, v: Array, ids: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    seen = _forward(settings, q, k, v, ids)
-    out = seen.out.astype(q.dtype)
-    return out, (q, k, v, ids, out, seen.lse)
+    out, lse = _forward(settings, q, k, v, ids)
+    return out, (q, k, v, ids, out, lse)
 
 
 def _backward(settings: RingSettings, residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
@@ -116,24 +116,24 @@ def _backward(settings: RingSettings, residuals: tuple[Any, ...], d_out: Array) 
     visiting = _passed_on(chunks, own)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, T, N]
     rows = Rows(q, d_out, lse, delta, ids)
-    total = _wide(Gradients(*_local_gradients(settings, rows, own, 0)))
+    dq, dk, dv = _local_gradients(settings, rows, own, 0)
+    total = _wide(Gradients(_runs(chunks, dq), dk, dv))
 
-    def visit(step: Array | int, visiting: Keys, total: Gradients) -> Gradients:
+    def visit(step: Array | int, visiting: Keys, total: Gradients, following: Tree) -> tuple[Tree, Gradients]:
         # The sums of the keys that visit come from the shard before, while this one computes its own terms.
-        k_sum, v_sum = _passed_on(chunks, (total.k, total.v), closed=True)
-        terms = _wide(_gradients(settings, step, rows, visiting))
-        return Gradients(total.q + terms.q, k_sum + terms.k, v_sum + terms.v)
+        sums = _passed_on(chunks, (total.k, total.v), closed=True)
+        terms, ((dk, dv), following) = _gradients(settings, step, rows, visiting, (sums, following))
+        return following, jax.tree.map(jnp.add, Gradients(total.q, dk, dv), _wide(terms))
 
     def turn(step: Array, carry: tuple[Keys, Gradients]) -> tuple[Keys, Gradients]:
         visiting, total = carry
-        following = _passed_on(chunks, visiting)
-        return following, visit(step, visiting, total)
+        return visit(step, visiting, total, _passed_on(chunks, visiting))
 
     visiting, total = lax.fori_loop(1, last, turn, (visiting, total)) if last > 1 else (visiting, total)
-    total = visit(last, visiting, total)
+    _, total = visit(last, visiting, total, None)
     dk, dv = _passed_on(chunks, (total.k, total.v), closed=True)  # home
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), ids)
-    return total.q.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), no_gradient
+    return jnp.concatenate(total.q, axis=1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), no_gradient
 
 
 _ring.defvjp(_forward_with_residuals, _backward)
@@ -149,8 +149,17 @@ def _passed_on(chunks: Chunks, tree: Tree, closed: bool = False) -> Tree:
     return jax.tree.map(lambda x: lax.ppermute(x, chunks.axis_name, pairs), tree)
 
 
-def _wide(gradients: Gradients) -> Gradients:
-    return Gradients(*(x.astype(jnp.float32) for x in gradients))
+def _meanwhile(results: Any, transfers: Tree) -> tuple[Any, Tree]:
+    """Both, neither used before all is there: so that transfers get the time of the kernels, the longest there is."""
+    return lax.optimization_barrier((results, transfers))
+
+
+def _runs(chunks: Chunks, x: Shaped[Array, "B T *rest"]) -> tuple[Shaped[Array, "B run *rest"], ...]:
+    return tuple(jnp.split(x, chunks.per_shard, axis=1))
+
+
+def _wide(tree: Tree) -> Tree:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def _is_before(settings: RingSettings, step: Array | int) -> Bool[Array, ""]:
@@ -158,62 +167,65 @@ def _is_before(settings: RingSettings, step: Array | int) -> Bool[Array, ""]:
     return lax.axis_index(settings.chunks.axis_name) >= step
 
 
-def _attended(settings: RingSettings, step: Array | int, q: Array, ids: Array | None, visiting: Keys) -> Partial:
-    """Attention to the keys that visit at a step, where this shard's queries see them: wholly or not at all."""
-    before = _is_before(settings, step)
+def _attended(
+    settings: RingSettings, step: Array | int, q: Array, ids: Array | None, visiting: Keys, transfers: Tree
+) -> tuple[list[list[Partial]], Tree]:
+    """Attention to the keys that visit at a step: for each run of queries, the parts that it is to be combined with.
+
+    `transfers` are under way meanwhile.
+    """
+    before, offset = _is_before(settings, step), settings.chunks.length  # an offset behind all keys
 
     def attend(q: Array, ids: Array | None, keys: Keys) -> Partial:
-        pair = None if ids is None or keys.ids is None else (ids, keys.ids)
-        offset = keys.k.shape[1]  # behind all of them
-        return Partial(
-            *flash_attention(
-                q, keys.k, keys.v, segment_ids=pair, query_offset=offset, return_lse=True, **settings.options
-            )
-        )
+        options = {"segment_ids": _pair(ids, keys.ids), "query_offset": offset, **settings.options}
+        return Partial(*flash_attention(q, keys.k, keys.v, return_lse=True, **options))
 
     if settings.chunks.per_shard == 1:
         rows, width = q.shape[:3], visiting.v.shape[-1]
         nothing = Partial(jnp.zeros((*rows, width), q.dtype), jnp.full(rows, -jnp.inf, jnp.float32))
-        return lax.cond(before, lambda: attend(q, ids, visiting), lambda: nothing)
-    queries, keys = (
-        jax.tree.map(functools.partial(_query_runs, before), (q, ids)),
-        jax.tree.map(functools.partial(_key_runs, before), visiting),
-    )
-    first, second = _halves(attend(*queries, keys))
+        part = lax.cond(before, lambda: attend(q, ids, visiting), lambda: nothing)
+        return _meanwhile([[part]], transfers)
+    q, ids = jax.tree.map(functools.partial(_query_runs, before), (q, ids))
+    parts = attend(q, ids, jax.tree.map(functools.partial(_key_runs, before), visiting))
+    parts, transfers = _meanwhile(parts, transfers)
+    first, second = _halves(parts)
     unseen = jnp.full_like(first.lse, -jnp.inf)
-    early = Partial(first.out, jnp.where(before, first.lse, unseen))
-    late = combined(Partial(first.out, jnp.where(before, unseen, first.lse)), second)
-    return jax.tree.map(lambda *runs: jnp.concatenate(runs, axis=1), early, late)
+    early = first._replace(lse=jnp.where(before, first.lse, unseen))
+    return [[early], [second, first._replace(lse=jnp.where(before, unseen, first.lse))]], transfers
 
 
-def _gradients(settings: RingSettings, step: Array | int, rows: Rows, visiting: Keys) -> Gradients:
-    """The terms of the keys that visit at a step."""
+def _gradients(
+    settings: RingSettings, step: Array | int, rows: Rows, visiting: Keys, transfers: Tree
+) -> tuple[Gradients, Tree]:
+    """The terms of the keys that visit at a step. `transfers` are under way meanwhile."""
     before, offset = _is_before(settings, step), settings.chunks.length
     if settings.chunks.per_shard == 1:
-        nothing = Gradients(jnp.zeros_like(rows.q), jnp.zeros_like(visiting.k), jnp.zeros_like(visiting.v))
-        return lax.cond(before, lambda: _local_gradients(settings, rows, visiting, offset), lambda: nothing)
+        nothing = jax.tree.map(jnp.zeros_like, (rows.q, visiting.k, visiting.v))
+        terms = lax.cond(before, lambda: _local_gradients(settings, rows, visiting, offset), lambda: nothing)
+        (dq, dk, dv), transfers = _meanwhile(terms, transfers)
+        return Gradients((dq,), dk, dv), transfers
     queries = jax.tree.map(functools.partial(_query_runs, before), rows)
     keys = jax.tree.map(functools.partial(_key_runs, before), visiting)
-    first, second = _halves(_wide(_local_gradients(settings, queries, keys, offset)))
+    terms, transfers = _meanwhile(_local_gradients(settings, queries, keys, offset), transfers)
+    first, second = _halves(_wide(terms))
     # The sums over what _query_runs and _key_runs have taken out.
     if_before, if_after = (jax.tree.map(functools.partial(_only, where), first) for where in (before, ~before))
-    return Gradients(
-        jnp.concatenate([if_before.q, if_after.q + second.q], axis=1),
-        jnp.concatenate([if_before.k + second.k, if_after.k], axis=1),
-        jnp.concatenate([if_before.v + second.v, if_after.v], axis=1),
+    dk, dv = (
+        jnp.concatenate([early + other, late], axis=1)
+        for early, late, other in zip(if_before[1:], if_after[1:], second[1:], strict=True)
+    )
+    return Gradients((if_before[0], if_after[0] + second[0]), dk, dv), transfers
+
+
+def _local_gradients(settings: RingSettings, rows: Rows, keys: Keys, offset: int) -> tuple[Array, Array, Array]:
+    operands = rows.q, keys.k, keys.v, rows.d_out, rows.lse, rows.delta
+    return flash_attention_gradients(
+        *operands, segment_ids=_pair(rows.ids, keys.ids), query_offset=offset, **settings.options
     )
 
 
-def _local_gradients(settings: RingSettings, rows: Rows, keys: Keys, offset: int) -> Gradients:
-    pair = None if rows.ids is None or keys.ids is None else (rows.ids, keys.ids)
-    return Gradients(
-        *flash_attention_gradients(
-            *(rows.q, keys.k, keys.v, rows.d_out, rows.lse, rows.delta),
-            segment_ids=pair,
-            query_offset=offset,
-            **settings.options,
-        )
-    )
+def _pair(query_ids: Array | None, key_ids: Array | None) -> tuple[Array, Array] | None:
+    return None if query_ids is None or key_ids is None else (query_ids, key_ids)
 
 
 # Under zigzag a shard holds an early run and a late one, and so do its visitors. Keys of an earlier shard: both runs of

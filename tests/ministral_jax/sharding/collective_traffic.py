@@ -1,0 +1,63 @@
+"""What a compiled program sends between devices: its collectives, counted in the HLO, loops as often as they turn."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
+BYTES = {"pred": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+INSTRUCTION = re.compile(rf"= (\w+)\[([\d,]*)\]\S* ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+class Sent(NamedTuple):
+    """One collective: its name, the bytes that it gives each device, the devices that get any, how often it runs."""
+
+    name: str
+    n_bytes: int
+    receivers: int
+    times: int
+
+    @property
+    def total(self) -> int:
+        """Bytes over the whole mesh."""
+        return self.n_bytes * self.receivers * self.times
+
+
+def traffic(compiled: jax.stages.Compiled) -> list[Sent]:
+    """All collectives of a program. A permutation that leaves everything where it is sends nothing."""
+    text = compiled.as_text() or ""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        opened = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if opened:
+            lines = computations.setdefault(opened[2], [])
+            entry = opened[2] if opened[1] else entry
+        else:
+            lines.append(line)
+    return _sent(computations, entry, 1)
+
+
+def _sent(computations: dict[str, list[str]], name: str, times: int) -> list[Sent]:
+    found = []
+    for line in computations[name]:
+        collective = INSTRUCTION.search(line)
+        if collective:
+            shape = [int(size) for size in collective[2].split(",") if size]
+            pairs = re.findall(r"\{(\d+),(\d+)\}", line.split("source_target_pairs=")[-1].split("}}")[0] + "}")
+            receivers = sum(source != target for source, target in pairs)
+            found.append(Sent(collective[3], math.prod(shape) * BYTES[collective[1]], receivers, times))
+            continue
+        turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        inner = times * (int(turns[1]) if turns else 1)
+        branches = BRANCHES.search(line)
+        called = CALLED.findall(line) + (re.findall(r"[\w.\-]+", branches[1]) if branches else [])
+        for target in called:
+            found += _sent(computations, target, inner)
+    return found
