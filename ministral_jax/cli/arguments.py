@@ -65,6 +65,11 @@ def add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
             help="between quantised weights: plain leaves them alone, quantized insists on rounding them (default: as "
             "the weights' format says)",
         )
+        group.add_argument(
+            "--adapter",
+            metavar="DIR",
+            help="a LoRA adapter to run the model with: lora.safetensors, or PEFT's adapter_config.json and weights",
+        )
 
 
 def add_mesh(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -67,6 +67,7 @@ def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse, images
             vision=images,
             mesh=arguments.mesh,
             rules=arguments.rules,
+            adapter=arguments.adapter,
         )
     longest = model.config.max_length
     if arguments.max_length is not None and arguments.max_length > longest:
