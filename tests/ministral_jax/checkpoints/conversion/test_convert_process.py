@@ -23,9 +23,12 @@ SHARD = 3_000_000
 SEED = random.SystemRandom().randrange(2**32)
 
 
-def command(source: Path, target: Path, *options: str) -> list[str]:
-    arguments = ["convert", str(source), str(target), "--to", "hf", "--max-shard-size", str(SHARD), *options]
+def command(source: Path, target: Path, *options: str, verb: str = "convert") -> list[str]:
+    arguments = [verb, str(source), str(target), "--to", "hf", "--max-shard-size", str(SHARD), *options]
     return [sys.executable, "-m", "ministral_jax.cli", *arguments]
+
+
+CONVERT, QUANTIZE = ("convert",), ("quantize", "--format", "int8")
 
 
 # A file may grow to the first argument; the others are the command. Set there, since forking this process is not safe.
@@ -52,11 +55,9 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def expected(source, tmp_path_factory) -> tuple[dict[str, bytes], float]:
+def undisturbed(source: Path, target: Path, verb: str, *options: str) -> tuple[dict[str, bytes], float]:
     """What an undisturbed run writes, and the seconds it takes from its first trace on disk."""
-    target = tmp_path_factory.mktemp("expected") / "b"
-    ran = subprocess.Popen(command(source, target), cwd=ROOT, stdout=subprocess.DEVNULL)
+    ran = subprocess.Popen(command(source, target, *options, verb=verb), cwd=ROOT, stdout=subprocess.DEVNULL)
     began = first_trace(target, ran)
     assert ran.wait(120) == 0
     return contents(target), time.monotonic() - began
@@ -72,9 +73,10 @@ def first_trace(target: Path, ran: subprocess.Popen[bytes]) -> float:
     return time.monotonic()
 
 
-def kill_and_repeat(source: Path, target: Path, seconds: float) -> str:
+def kill_and_repeat(source: Path, target: Path, seconds: float, verb: str, *options: str) -> str:
     """Kills a run after `seconds` of work and starts it again; returns what was there when it was killed."""
-    ran = subprocess.Popen(command(source, target), cwd=ROOT, stdout=subprocess.DEVNULL)
+    whole = command(source, target, *options, verb=verb)
+    ran = subprocess.Popen(whole, cwd=ROOT, stdout=subprocess.DEVNULL)
     first_trace(target, ran)
     time.sleep(seconds)
     ran.send_signal(signal.SIGKILL)
@@ -83,29 +85,35 @@ def kill_and_repeat(source: Path, target: Path, seconds: float) -> str:
     if target.exists() and not partial.exists():
         return "complete"
     found = f"{len(list(partial.glob('new/*.safetensors')))} files"
-    again = run(source, target)
+    again = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     assert not partial.exists()
     return found
 
 
-def killed_at_random(source: Path, expected: tuple[dict[str, bytes], float], folder: Path, times: int) -> None:
-    files, seconds = expected
+def killed_at_random(source: Path, folder: Path, times: int, what: tuple[str, ...]) -> None:
+    files, seconds = undisturbed(source, folder / "whole", *what)
     draw = random.Random(SEED)
     for i in range(times):
         after = draw.uniform(0, 1.1 * seconds)
-        found = kill_and_repeat(source, folder / f"b{i}", after)
+        found = kill_and_repeat(source, folder / f"b{i}", after, *what)
         assert contents(folder / f"b{i}") == files, f"seed {SEED}: killed after {after:.3f} s with {found}"
         shutil.rmtree(folder / f"b{i}")
 
 
-def test_a_run_that_was_killed_is_finished_by_the_next_to_the_same_bytes(source, expected, tmp_path):
-    killed_at_random(source, expected, tmp_path, 3)
+def test_a_run_that_was_killed_is_finished_by_the_next_to_the_same_bytes(source, tmp_path):
+    killed_at_random(source, tmp_path, 3, CONVERT)
+
+
+@pytest.mark.long
+def test_a_quantisation_that_was_killed_is_finished_by_the_next_to_the_same_bytes(source, tmp_path):
+    killed_at_random(source, tmp_path, 3, QUANTIZE)
 
 
 @pytest.mark.slow
-def test_twenty_runs_that_were_killed_are_finished_by_the_next_to_the_same_bytes(source, expected, tmp_path):
-    killed_at_random(source, expected, tmp_path, 20)
+@pytest.mark.parametrize("what", [CONVERT, QUANTIZE], ids=lambda what: what[0])
+def test_twenty_runs_that_were_killed_are_finished_by_the_next_to_the_same_bytes(source, tmp_path, what):
+    killed_at_random(source, tmp_path, 20, what)
 
 
 def test_a_file_that_the_system_refuses_to_grow_is_one_line_and_gets_no_name(source, tmp_path):
