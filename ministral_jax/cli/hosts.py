@@ -68,6 +68,8 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
         return
     if place.process_id != 0:
         speak_only_of_trouble()
+    if getattr(arguments, "mesh", "") is None:
+        arguments.mesh = "auto"  # else each would compute the same alone
     try:
         _agree(arguments)
         yield
