@@ -18,7 +18,7 @@ from .sources import LineFile, Source, parse_sources
 
 Element = TypeVar("Element")
 
-_AHEAD = 64  # lines that threads read and tokenise before they are asked for
+_AHEAD = 32  # lines that threads read and tokenise before they are asked for
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ so the ids of each message are noted. Nothing is rendered to text and tokenised 
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -196,22 +197,20 @@ def _encode_apart(template: Any, request: Any) -> tuple[list[int], list[tuple[An
     """
     noting = copy.copy(template)
     pieces: list[tuple[Any, list[int]]] = []
-
-    def note(encode: Callable[..., Any]) -> Callable[..., Any]:
-        def encode_and_note(message: Any, *args: Any, **kwargs: Any) -> Any:
-            encoded = encode(message, *args, **kwargs)
-            pieces.append((message, encoded[0] if isinstance(encoded, tuple) else encoded))
-            return encoded
-
-        return encode_and_note
-
     for role in ("user", "assistant", "tool", "system"):
         name = f"encode_{role}_message"
-        setattr(noting, name, note(getattr(template, name)))
+        setattr(noting, name, functools.partial(_encode_and_note, getattr(template, name), pieces))
     ids = list(noting.encode_instruct(request).tokens)
     if ids != [*template.start(), *(token for _, piece in pieces for token in piece)]:
         raise AssertionError("mistral-common's ids are not those of its messages put together")
     return ids, pieces
+
+
+def _encode_and_note(encode: Callable[..., Any], pieces: list[Any], message: Any, *args: Any, **kwargs: Any) -> Any:
+    """Encodes a message and notes its ids; the template gives them alone, or with images and sounds."""
+    encoded = encode(message, *args, **kwargs)
+    pieces.append((message, encoded[0] if isinstance(encoded, tuple) else encoded))
+    return encoded
 
 
 def _name_last_calls(messages: list[dict[str, Any]]) -> None:
