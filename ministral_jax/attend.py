@@ -12,17 +12,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention, paged_attention, write_pages
 from pallas_kernels.flash_attention import Implementation
 from pallas_kernels.paged_attention import Implementation as PagedImplementation
+from pallas_kernels.paged_attention import token_slots
+from pallas_kernels.reference import token_positions
 
 from .attention import Attend
-from .cache import PagedBatch, PagedCache
+from .cache import PagedBatch, PagedCache, pool_axes
 from .config import ModelConfig, Window
 from .errors import ShardingError
 from .sharding.context import context_flash_attention
+from .sharding.context_pages import context_paged_attention, own_page_table
 from .sharding.layout import Layout
 
 KEYS = ("act_kv_heads", None)
@@ -113,46 +117,93 @@ def paged_attend(
         slots = _slots_on_mesh(batch, cache, n_tokens, layout)
 
     def attend(layer: int, q: Array, k: Array, v: Array | None, memory: PagedCache) -> tuple[Array, PagedCache]:
-        group = memory.group_of_layer[layer]
-
-        def local(
-            q: Array, k: Array, v: Array | None, k_pages: Array, v_pages: Array | None, slots: Array, *where: Array
-        ) -> Any:
-            k_pages = write_pages(k_pages, k, slots)
-            v_pages = None if v is None or v_pages is None else write_pages(v_pages, v, slots)
-            out = paged_attention(q, k_pages, v_pages, *where, window=config.windows[layer], **options)
-            return out, k_pages, v_pages
-
-        pools, table = (memory.keys[layer], memory.values[layer]), batch.page_tables[group]
-        where = (slots[group], table, batch.query_starts, batch.lengths)
+        group, window = memory.group_of_layer[layer], config.windows[layer]
+        pools = (memory.keys[layer], memory.values[layer])
+        where = (slots[group], batch.page_tables[group], batch.query_starts, batch.lengths)
+        local = functools.partial(_write_and_attend, window=window, options=options)
         if layout is None:
-            out, *pools = local(q, k, v, *pools, *where)
+            out, k_pages, v_pages = local(q, k, v, *pools, *where)
         else:
             if v is not None:
                 k, v = repeat_heads(k, layout), repeat_heads(v, layout)
-            out, *pools = _paged_on_mesh(local, layout, LATENTS if v is None else KEYS)(q, k, v, *pools, *where)
-        return out, memory.with_layer(layer, *pools)
+            if is_split(window, layout):
+                local, where = functools.partial(_write_and_attend_split, options=options), where[1:]
+            out, k_pages, v_pages = _paged_on_mesh(local, config, window, layout)(q, k, v, pools, where)
+        return out, memory.with_layer(layer, k_pages, v_pages)
 
     return attend
 
 
+def _write_and_attend(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K Hv"] | None,
+    k_pages: Array,
+    v_pages: Array | None,
+    slots: Int[Array, "T"],
+    *where: Array,
+    window: Window,
+    options: dict[str, Any],
+) -> tuple[Array, Array, Array | None]:
+    """Attention of new tokens after writing them at `slots`; `where` is table, query starts and lengths."""
+    k_pages = write_pages(k_pages, k, slots)
+    v_pages = None if v is None or v_pages is None else write_pages(v_pages, v, slots)
+    return paged_attention(q, k_pages, v_pages, *where, window=window, **options), k_pages, v_pages
+
+
+def is_split(window: Window, layout: Layout) -> bool:
+    """Whether a layer's pages are spread over the context shards: only without a window are they worth it."""
+    return window is None and layout.ways("sequence") > 1
+
+
+def _write_and_attend_split(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K Hv"] | None,
+    k_pages: Array,
+    v_pages: Array | None,
+    table: Int[Array, "B shard_pages"],
+    query_starts: Int[Array, "B_plus_1"],
+    lengths: Int[Array, "B"],
+    *,
+    options: dict[str, Any],
+) -> tuple[Array, Array, Array | None]:
+    """The same where this shard has every C-th page. Each row counts as a sequence that ends with it, so that what it
+    sees on a shard is a run of tokens: exact, though the rows of a prompt's chunk read their keys one by one."""
+    whole = own_page_table(table, lax.axis_index("context"), lax.axis_size("context"))
+    slots = token_slots(whole, query_starts, lengths, q.shape[0], k_pages.shape[1], k_pages.shape[0])
+    k_pages = write_pages(k_pages, k, slots)
+    v_pages = None if v is None or v_pages is None else write_pages(v_pages, v, slots)
+    sequence, position = token_positions(query_starts, lengths, q.shape[0])
+    rows = table[jnp.maximum(sequence, 0)]
+    out = context_paged_attention(q, k_pages, v_pages, rows, position + 1, axis_name="context", **options)
+    return out, k_pages, v_pages
+
+
 def _paged_on_mesh(
-    local: Callable[..., Any], layout: Layout, entry: tuple[str | None, str | None]
-) -> Callable[..., Any]:
-    """`local` on every device's own sequences, pages and heads; `entry` are the axes of what is kept of one token."""
-    queries, keys = layout.spec(("rows", *QUERIES)), layout.spec(("rows", *entry))
-    pages, rows = layout.spec(("pages", None, *entry)), layout.spec(("rows",))
+    local: Callable[..., Any], config: ModelConfig, window: Window, layout: Layout
+) -> Callable[..., tuple[Array, Array, Array | None]]:
+    """`local` on every device's own sequences, pages and heads."""
+    entry = LATENTS if config.latent else KEYS
+    queries, keys, rows = (layout.spec(("rows", *axes)) for axes in (QUERIES, entry, ()))
+    pages = layout.spec(pool_axes(config, window))
+    table = layout.spec(("rows", "sequence")) if is_split(window, layout) else rows
+    slots = () if is_split(window, layout) else (rows,)
+
+    def unpacked(q: Array, k: Array, v: Array | None, pools: tuple[Any, ...], where: tuple[Array, ...]) -> Any:
+        return local(q, k, v, *pools, *where)
+
     return jax.shard_map(
-        local,
+        unpacked,
         mesh=layout.mesh,
-        in_specs=(queries, keys, keys, pages, pages, rows, rows, rows, rows),
+        in_specs=(queries, keys, keys, (pages, pages), (*slots, table, rows, rows)),
         out_specs=(queries, pages, pages),
         check_vma=False,
     )
 
 
 def _slots_on_mesh(batch: PagedBatch, cache: PagedCache, n_tokens: int, layout: Layout) -> tuple[Array, ...]:
-    """Where each packed row is written, in the pools of its own data shard."""
+    """Where each packed row is written, in the pools of its own data shard; unused for groups that are split."""
     pages = [n_pages // layout.ways("pages") for n_pages in cache.pages_by_group]
 
     def local(batch: PagedBatch) -> tuple[Array, ...]:
