@@ -243,7 +243,9 @@ class Generator:
             seconds = time.perf_counter() - began
             self.timing.decode_seconds += seconds
             # Doubling at most: the first call may have compiled, and its time says nothing about a step.
-            n_steps = int(np.clip(seconds_per_call / max(seconds / steps, 1e-6), 1, min(2 * n_steps, MAX_STEPS)))
+            # Several processes have to come to the same number, and their clocks do not.
+            fitting = seconds_per_call / max(seconds / steps, 1e-6) if jax.process_count() == 1 else MAX_STEPS
+            n_steps = int(np.clip(fitting, 1, min(2 * n_steps, MAX_STEPS)))
             yield from pieces
         self._kept = (run.plan, run.cache)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 
 from ministral_jax.errors import RequestError
@@ -142,6 +143,8 @@ def batch_arrays(params: Sequence[SamplingParams]) -> SamplingArrays:
         return jnp.asarray(np.array([getattr(p, name) for p in params], dtype))
 
     drawn = np.random.default_rng().integers(0, 2**32, len(params), dtype=np.uint32)
+    if jax.process_count() > 1:  # every process has to draw the same
+        drawn = multihost_utils.broadcast_one_to_all(drawn)
     seeds = [drawn[i] if p.seed is None else p.seed for i, p in enumerate(params)]
     return SamplingArrays(
         temperature=column("temperature", np.float32),
