@@ -16,8 +16,8 @@ import pytest
 from ministral_jax.config import Window
 from ministral_jax.errors import ConfigError
 from ministral_jax.linear import projections
-from ministral_jax.lora import LoraConfig, initialize_adapters
-from ministral_jax.parameters import fill, initialize, parameter_specs, parameters
+from ministral_jax.lora import LoraConfig
+from ministral_jax.parameters import ParameterSpec, fill, parameters
 from ministral_jax.quantization import LinearFormat
 from ministral_jax.sharding.layout import Layout, layout_for
 from ministral_jax.sharding.meshes import make_mesh
@@ -40,19 +40,17 @@ def model_of(
     dtype: Any = jnp.float32,
 ) -> StackedTransformer:  # fmt: skip
     """Random, and the same on every layout; adapters not at their beginning, where half of them have no gradient."""
-    config = tiny_config("ministral3", n_layers=len(windows), windows=windows, n_kv_heads=2)
+    config = tiny_config("ministral3", n_layers=len(windows), windows=windows)
     model = StackedTransformer(Transformer(config, dtype, attention="reference", layout=layout))
     if rank:
-        attach_adapters(model, LoraConfig(rank=rank, dropout=dropout))
-    source = initialize(fill(model, lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype)), jax.random.key(0),
-                        std=0.2)  # fmt: skip
-    if rank:
-        initialize_adapters(source, jax.random.key(1))
-    specs = parameter_specs(model)
-    arrays = {name: array + 0.05 * specs[name].adapter for name, array in parameters(source).items()}
-    if layout is not None:
-        arrays = {name: jax.device_put(array, layout.placement(name, specs[name])) for name, array in arrays.items()}
-    return fill(model, arrays)
+        attach_adapters(model, LoraConfig(rank=rank, dropout=dropout, targets=("wq", "w2")))
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, spec: ParameterSpec) -> jax.Array:
+        values = (spec.init == "ones") + 0.2 * rng.standard_normal(spec.shape)
+        return jax.device_put(values.astype(dtype), None if layout is None else layout.placement(name, spec))
+
+    return fill(model, draw)
 
 
 def stepper(model: StackedTransformer, config: OptimizerConfig = CONFIG, **options: Any) -> TrainStep:
@@ -107,16 +105,26 @@ def test_accumulated_microbatches_are_one_big_batch() -> None:
     assert int(found[1].tokens) == np.count_nonzero(batch.loss_weights)
 
 
-def test_the_loss_is_the_mean_over_all_trained_tokens_or_of_means_over_groups_of_rows() -> None:
-    step, batch = adapter_step(), batch_of()
-    state = step.initial_state(model_of(rank=3), jax.random.key(0))
-    sums = [step.evaluate(state, Batch(*(array[i : i + 1] for array in batch))) for i in range(ROWS)]
+def losses_and_weights(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row by itself: sums [B]."""
+    state = adapter_step().initial_state(model_of(rank=3), jax.random.key(0))
+    alone = [np.where(np.arange(ROWS)[:, None] == row, batch.loss_weights, 0) for row in range(ROWS)]
+    sums = [adapter_step().evaluate(state, batch._replace(loss_weights=weights)) for weights in alone]
     losses, weights = np.asarray(sums).T
-    micro = in_microbatches(batch, 2)
-    _, metrics = step(state, micro)
+    return losses, weights
+
+
+def test_the_loss_is_the_mean_over_all_trained_tokens() -> None:
+    losses, weights = losses_and_weights(batch_of())
+    _, metrics = run(adapter_step(), model_of(rank=3), in_microbatches(batch_of(), 2))
     np.testing.assert_allclose(float(metrics.loss), losses.sum() / weights.sum(), rtol=CLOSE)
+
+
+@pytest.mark.long
+def test_the_loss_is_the_mean_over_groups_of_rows_of_their_means_if_asked_for() -> None:
+    losses, weights = losses_and_weights(batch_of())
     model = model_of(rank=3)
-    _, metrics = run(stepper(model, rows_per_mean=2), model, micro)
+    _, metrics = run(stepper(model, rows_per_mean=2), model, in_microbatches(batch_of(), 2))
     pairs = losses.reshape(4, 2).sum(axis=1) / weights.reshape(4, 2).sum(axis=1)
     np.testing.assert_allclose(float(metrics.loss), pairs.mean(), rtol=CLOSE)
 
@@ -143,11 +151,12 @@ def test_packed_segments_are_separate_sequences() -> None:
 
 
 def test_one_program_serves_all_steps_and_only_adapters_change() -> None:
-    model = model_of(rank=3, dropout=0.1)
-    step = stepper(model)
+    model, step = model_of(rank=3), adapter_step()
+    run(step, model_of(rank=3), in_microbatches(batch_of(), 2))
+    programs = step._compiled._cache_size()
     before = {name: np.asarray(array).copy() for name, array in parameters(model).items()}
     state, metrics = run(step, model, *(in_microbatches(batch_of(seed=seed), 2) for seed in range(3)))
-    assert step._compiled._cache_size() == 1
+    assert step._compiled._cache_size() == programs
     assert int(state.step) == 3
     assert bool(metrics.finite)
     assert {name for name in before if "lora" in name} == set(state.trained)
@@ -194,6 +203,7 @@ def test_a_gradient_that_is_not_finite_is_reported_and_changes_nothing() -> None
     jax.tree.map(np.testing.assert_array_equal, (state.trained, state.moments), before)
 
 
+@pytest.mark.long
 def test_without_adapters_all_is_trained_on_copies_that_are_float32() -> None:
     """Steps smaller than bfloat16 can hold add up, and the model computes in bfloat16."""
     model = model_of(windows=(5,), dtype=jnp.bfloat16)
@@ -216,18 +226,25 @@ def test_quantised_weights_without_adapters_are_refused() -> None:
         trained_specs(StackedTransformer(model))
 
 
+def two_batches() -> list[Batch]:
+    return [in_microbatches(batch_of(seed=seed), 1) for seed in range(2)]
+
+
+@functools.cache
+def on_one_device(rank: int) -> tuple[TrainState, Metrics]:
+    model = model_of(rank=rank, windows=(None, 5))
+    return run(stepper(model), model, *two_batches())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 3], ids=["all weights", "adapters"])
 @pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=2,fsdp=4", "data=2,context=2,tensor=2"])
 def test_eight_devices_take_the_steps_of_one(mesh: str, rank: int) -> None:
-    batches = [in_microbatches(batch_of(seed=seed), 1) for seed in range(2)]
-    model = model_of(rank=rank, windows=(None, 5))
-    expected = run(stepper(model), model, *batches)
-    layout = layout_for(model.config, make_mesh(mesh))
+    layout = layout_for(model_of().config, make_mesh(mesh))
     model = model_of(rank=rank, windows=(None, 5), layout=layout)
     step = stepper(model)
-    found = run(step, model, *batches)
-    assert_same(found, expected)
+    found = run(step, model, *two_batches())
+    assert_same(found, on_one_device(rank))
     for name, array in found[0].trained.items():
         assert array.sharding.is_equivalent_to(layout.placement(name, step.trained_specs[name]), array.ndim)
     assert step._compiled._cache_size() == 1
