@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -22,11 +21,11 @@ def _share(lse: Float[Array, "*T N"], of: Float[Array, "*T N"]) -> Float[Array, 
     return jnp.exp(lse - jnp.where(jnp.isfinite(of), of, 0.0))
 
 
-def combined(*parts: Partial) -> Partial:
-    """Attention over the keys of all parts, in float32."""
-    lse = functools.reduce(jnp.logaddexp, (part.lse for part in parts))
-    terms = [part.out.astype(jnp.float32) * _share(part.lse, lse)[..., None] for part in parts]
-    return Partial(functools.reduce(jnp.add, terms), lse)
+def combined(a: Partial, b: Partial) -> Partial:
+    """Attention over the keys of both, in float32."""
+    lse = jnp.logaddexp(a.lse, b.lse)
+    left, right = (part.out.astype(jnp.float32) * _share(part.lse, lse)[..., None] for part in (a, b))
+    return Partial(left + right, lse)
 
 
 def merge_partial(

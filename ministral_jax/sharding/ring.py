@@ -8,13 +8,14 @@ under a contiguous split, and never arises under zigzag, where each visit is hal
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention, flash_attention_gradients
 from pallas_kernels.flash_attention import Implementation
@@ -23,6 +24,8 @@ from .chunks import Chunks
 from .merge import Partial, combined
 
 Tree = TypeVar("Tree")
+Results = TypeVar("Results")
+Run = Array | int  # which of a shard's runs of tokens
 
 
 class RingSettings(NamedTuple):
@@ -58,9 +61,9 @@ class Rows(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Sums in float32, or one visit's terms of them. Those of the queries lie apart, one array for each run of them."""
+    """Of queries, keys and values, in float32."""
 
-    q: tuple[Float[Array, "B run N H"], ...]
+    q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K Hv"]
 
@@ -85,21 +88,26 @@ def _forward(settings: RingSettings, q: Array, k: Array, v: Array, ids: Array | 
     chunks, last = settings.chunks, settings.chunks.shards - 1
     visiting = _passed_on(chunks, Keys(k, v, ids))
     # The runs of a shard lie in order, so that its own keys are seen as those of one sequence are.
-    own = Partial(*flash_attention(q, k, v, segment_ids=ids, return_lse=True, **settings.options))
-    seen = tuple(combined(Partial(*run)) for run in zip(*(_runs(chunks, x) for x in own), strict=True))
+    out, lse = flash_attention(q, k, v, segment_ids=ids, return_lse=True, **settings.options)
 
-    def visit(step: Array | int, visiting: Keys, seen: tuple[Partial, ...], following: Tree) -> tuple[Tree, Any]:
-        parts, following = _attended(settings, step, q, ids, visiting, following)
-        return following, tuple(combined(old, *new) for old, new in zip(seen, parts, strict=True))
+    def visit(step: Array | int, visiting: Keys, seen: Partial, transfers: Tree) -> tuple[Partial, Tree]:
+        def attend(query_run: Run, key_run: Run, seen: Partial) -> Partial:
+            queries, query_ids, old = _run(chunks, (q, ids, seen), query_run)
+            keys = _run(chunks, visiting, key_run)
+            options = {"segment_ids": _pair(query_ids, keys.ids), "query_offset": chunks.length, **settings.options}
+            part = Partial(*flash_attention(queries, keys.k, keys.v, return_lse=True, **options))
+            return _with_run(chunks, seen, query_run, combined(old, part))
 
-    def turn(step: Array, carry: tuple[Keys, tuple[Partial, ...]]) -> tuple[Keys, tuple[Partial, ...]]:
-        visiting, seen = carry
+        return _meanwhile(_for_each_visible(chunks, step, attend, seen), transfers)
+
+    def turn(step: Array, carry: tuple[Partial, Keys]) -> tuple[Partial, Keys]:
+        seen, visiting = carry
         return visit(step, visiting, seen, _passed_on(chunks, visiting))
 
-    visiting, seen = lax.fori_loop(1, last, turn, (visiting, seen)) if last > 1 else (visiting, seen)
-    _, seen = visit(last, visiting, seen, None)
-    out, lse = (jnp.concatenate(runs, axis=1) for runs in zip(*seen, strict=True))
-    return Partial(out.astype(q.dtype), lse)
+    seen = Partial(out.astype(jnp.float32), lse)
+    seen, visiting = lax.fori_loop(1, last, turn, (seen, visiting)) if last > 1 else (seen, visiting)
+    seen, _ = visit(last, visiting, seen, None)
+    return seen._replace(out=seen.out.astype(q.dtype))
 
 
 def _forward_with_residuals(
@@ -116,24 +124,35 @@ def _backward(settings: RingSettings, residuals: tuple[Any, ...], d_out: Array) 
     visiting = _passed_on(chunks, own)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, T, N]
     rows = Rows(q, d_out, lse, delta, ids)
-    dq, dk, dv = _local_gradients(settings, rows, own, 0)
-    total = _wide(Gradients(_runs(chunks, dq), dk, dv))
+    total = _local_gradients(settings, rows, own, offset=0)
 
-    def visit(step: Array | int, visiting: Keys, total: Gradients, following: Tree) -> tuple[Tree, Gradients]:
+    def visit(step: Array | int, visiting: Keys, total: Gradients, transfers: Tree) -> tuple[Gradients, Tree]:
         # The sums of the keys that visit come from the shard before, while this one computes its own terms.
         sums = _passed_on(chunks, (total.k, total.v), closed=True)
-        terms, ((dk, dv), following) = _gradients(settings, step, rows, visiting, (sums, following))
-        return following, jax.tree.map(jnp.add, Gradients(total.q, dk, dv), _wide(terms))
+        nothing = (jnp.zeros(x.shape, jnp.float32) for x in (visiting.k, visiting.v))
 
-    def turn(step: Array, carry: tuple[Keys, Gradients]) -> tuple[Keys, Gradients]:
-        visiting, total = carry
+        def add(query_run: Run, key_run: Run, terms: Gradients) -> Gradients:
+            pair = _run(chunks, rows, query_run), _run(chunks, visiting, key_run)
+            new = _local_gradients(settings, *pair, offset=chunks.length)
+            old = Gradients(_run(chunks, terms.q, query_run), *_run(chunks, terms[1:], key_run))
+            new = jax.tree.map(jnp.add, old, new)
+            return Gradients(
+                _with_run(chunks, terms.q, query_run, new.q), *_with_run(chunks, terms[1:], key_run, new[1:])
+            )
+
+        terms = _for_each_visible(chunks, step, add, Gradients(total.q, *nothing))
+        terms, ((dk, dv), transfers) = _meanwhile(terms, (sums, transfers))
+        return Gradients(terms.q, dk + terms.k, dv + terms.v), transfers
+
+    def turn(step: Array, carry: tuple[Gradients, Keys]) -> tuple[Gradients, Keys]:
+        total, visiting = carry
         return visit(step, visiting, total, _passed_on(chunks, visiting))
 
-    visiting, total = lax.fori_loop(1, last, turn, (visiting, total)) if last > 1 else (visiting, total)
-    _, total = visit(last, visiting, total, None)
+    total, visiting = lax.fori_loop(1, last, turn, (total, visiting)) if last > 1 else (total, visiting)
+    total, _ = visit(last, visiting, total, None)
     dk, dv = _passed_on(chunks, (total.k, total.v), closed=True)  # home
     no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), ids)
-    return jnp.concatenate(total.q, axis=1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), no_gradient
+    return total.q.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), no_gradient
 
 
 _ring.defvjp(_forward_with_residuals, _backward)
@@ -149,108 +168,52 @@ def _passed_on(chunks: Chunks, tree: Tree, closed: bool = False) -> Tree:
     return jax.tree.map(lambda x: lax.ppermute(x, chunks.axis_name, pairs), tree)
 
 
-def _meanwhile(results: Any, transfers: Tree) -> tuple[Any, Tree]:
+def _meanwhile(results: Results, transfers: Tree) -> tuple[Results, Tree]:
     """Both, neither used before all is there: so that transfers get the time of the kernels, the longest there is."""
     return lax.optimization_barrier((results, transfers))
 
 
-def _runs(chunks: Chunks, x: Shaped[Array, "B T *rest"]) -> tuple[Shaped[Array, "B run *rest"], ...]:
-    return tuple(jnp.split(x, chunks.per_shard, axis=1))
+def _for_each_visible(chunks: Chunks, step: Array | int, body: Callable[[Run, Run, Tree], Tree], carry: Tree) -> Tree:
+    """`carry` after `body(query_run, key_run, carry)` for all runs that see each other, queries of this shard and keys
+    that visit at `step`, from that many shards back. Each sees the other's whole run, since neither is its own.
 
-
-def _wide(tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-
-def _is_before(settings: RingSettings, step: Array | int) -> Bool[Array, ""]:
-    """Whether the keys that visit at `step`, from that many shards back, are of an earlier shard than this."""
-    return lax.axis_index(settings.chunks.axis_name) >= step
-
-
-def _attended(
-    settings: RingSettings, step: Array | int, q: Array, ids: Array | None, visiting: Keys, transfers: Tree
-) -> tuple[list[list[Partial]], Tree]:
-    """Attention to the keys that visit at a step: for each run of queries, the parts that it is to be combined with.
-
-    `transfers` are under way meanwhile.
+    Keys of an earlier shard: both runs of queries under zigzag see their early run, none sees the late one. Of a later
+    shard: late queries see both. Either way the late queries see the early keys, and one other pair is visible.
     """
-    before, offset = _is_before(settings, step), settings.chunks.length  # an offset behind all keys
+    before = lax.axis_index(chunks.axis_name) >= step
+    if chunks.per_shard == 1:
+        return lax.cond(before, lambda carry: body(0, 0, carry), lambda carry: carry, carry)
+    depends = jnp.where(before, 0, 1)
 
-    def attend(q: Array, ids: Array | None, keys: Keys) -> Partial:
-        options = {"segment_ids": _pair(ids, keys.ids), "query_offset": offset, **settings.options}
-        return Partial(*flash_attention(q, keys.k, keys.v, return_lse=True, **options))
+    def one(i: Array, carry: Tree) -> Tree:
+        return body(jnp.where(i == 0, depends, 1), jnp.where(i == 0, depends, 0), carry)
 
-    if settings.chunks.per_shard == 1:
-        rows, width = q.shape[:3], visiting.v.shape[-1]
-        nothing = Partial(jnp.zeros((*rows, width), q.dtype), jnp.full(rows, -jnp.inf, jnp.float32))
-        part = lax.cond(before, lambda: attend(q, ids, visiting), lambda: nothing)
-        return _meanwhile([[part]], transfers)
-    q, ids = jax.tree.map(functools.partial(_query_runs, before), (q, ids))
-    parts = attend(q, ids, jax.tree.map(functools.partial(_key_runs, before), visiting))
-    parts, transfers = _meanwhile(parts, transfers)
-    first, second = _halves(parts)
-    unseen = jnp.full_like(first.lse, -jnp.inf)
-    early = first._replace(lse=jnp.where(before, first.lse, unseen))
-    return [[early], [second, first._replace(lse=jnp.where(before, unseen, first.lse))]], transfers
+    return lax.fori_loop(0, 2, one, carry)
 
 
-def _gradients(
-    settings: RingSettings, step: Array | int, rows: Rows, visiting: Keys, transfers: Tree
-) -> tuple[Gradients, Tree]:
-    """The terms of the keys that visit at a step. `transfers` are under way meanwhile."""
-    before, offset = _is_before(settings, step), settings.chunks.length
-    if settings.chunks.per_shard == 1:
-        nothing = jax.tree.map(jnp.zeros_like, (rows.q, visiting.k, visiting.v))
-        terms = lax.cond(before, lambda: _local_gradients(settings, rows, visiting, offset), lambda: nothing)
-        (dq, dk, dv), transfers = _meanwhile(terms, transfers)
-        return Gradients((dq,), dk, dv), transfers
-    queries = jax.tree.map(functools.partial(_query_runs, before), rows)
-    keys = jax.tree.map(functools.partial(_key_runs, before), visiting)
-    terms, transfers = _meanwhile(_local_gradients(settings, queries, keys, offset), transfers)
-    first, second = _halves(_wide(terms))
-    # The sums over what _query_runs and _key_runs have taken out.
-    if_before, if_after = (jax.tree.map(functools.partial(_only, where), first) for where in (before, ~before))
-    dk, dv = (
-        jnp.concatenate([early + other, late], axis=1)
-        for early, late, other in zip(if_before[1:], if_after[1:], second[1:], strict=True)
-    )
-    return Gradients((if_before[0], if_after[0] + second[0]), dk, dv), transfers
+def _run(chunks: Chunks, tree: Tree, number: Run) -> Tree:
+    """One run of every array [B, T, ...]."""
+    if chunks.per_shard == 1:
+        return tree
+    start = number * chunks.length
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, chunks.length, axis=1), tree)
 
 
-def _local_gradients(settings: RingSettings, rows: Rows, keys: Keys, offset: int) -> tuple[Array, Array, Array]:
+def _with_run(chunks: Chunks, tree: Tree, number: Run, new: Tree) -> Tree:
+    """The arrays with one run replaced."""
+    if chunks.per_shard == 1:
+        return new
+    start = number * chunks.length
+    return jax.tree.map(lambda x, run: lax.dynamic_update_slice_in_dim(x, run, start, axis=1), tree, new)
+
+
+def _local_gradients(settings: RingSettings, rows: Rows, keys: Keys, offset: int) -> Gradients:
     operands = rows.q, keys.k, keys.v, rows.d_out, rows.lse, rows.delta
-    return flash_attention_gradients(
+    found = flash_attention_gradients(
         *operands, segment_ids=_pair(rows.ids, keys.ids), query_offset=offset, **settings.options
     )
+    return Gradients(*(x.astype(jnp.float32) for x in found))
 
 
 def _pair(query_ids: Array | None, key_ids: Array | None) -> tuple[Array, Array] | None:
     return None if query_ids is None or key_ids is None else (query_ids, key_ids)
-
-
-# Under zigzag a shard holds an early run and a late one, and so do its visitors. Keys of an earlier shard: both runs of
-# queries see their early run, none sees the late one. Of a later shard: the late run of queries sees both. Either way
-# two pairs of runs are wholly visible, and one of them is the late queries with the early keys. They are stacked along
-# the batch, the pair that depends first, so that one call without a branch serves both.
-
-
-def _query_runs(before: Array, x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "twoB half *rest"]:
-    early, late = jnp.split(x, 2, axis=1)
-    return jnp.concatenate([jnp.where(before, early, late), late], axis=0)
-
-
-def _key_runs(before: Array, x: Shaped[Array, "B T *rest"]) -> Shaped[Array, "twoB half *rest"]:
-    early, late = jnp.split(x, 2, axis=1)
-    return jnp.concatenate([jnp.where(before, early, late), early], axis=0)
-
-
-def _only(where: Array, x: Array) -> Array:
-    return jnp.where(where, x, 0)
-
-
-def _halves(tree: Tree) -> tuple[Tree, Tree]:
-    """The two pairs of runs, stacked along the batch."""
-    halves = jax.tree.map(lambda x: jnp.split(x, 2, axis=0), tree)
-    outer, inner = jax.tree.structure(tree), jax.tree.structure([0, 0])
-    first, second = jax.tree.transpose(outer, inner, halves)
-    return first, second
