@@ -6,25 +6,32 @@ Router arithmetic is float32. No token is ever dropped: there is no capacity.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from .attend import sequence_axes
 from .config import ModelConfig, MoEConfig
 from .feed_forward import FeedForward
 from .grouped_product import by_blocks, grouped_product, has_ragged_kernel
 from .linear import Linear, LowRank
 from .parameters import ParameterSpec
 from .quantization import LinearFormat, QuantizedProduct
+from .quantization.fp8 import BLOCK
+from .sharding.expert_exchange import MAX_BUFFER_BYTES, at_their_experts
 from .sharding.layout import Layout
 
 Parts = Mapping[str, Array]
+# Of w1, w2 and w3: what gradients exist for, and what is frozen.
+ExpertArrays = tuple[Mapping[str, Parts], Mapping[str, Parts]]
 ADAPTER_PARTS = ("lora_a", "lora_b")
 
 
@@ -153,8 +160,36 @@ class ExpertLinear(Linear):
         return by_blocks(self.product.of_expert, self.trained, self.frozen, x, group_sizes)
 
 
+@dataclass(frozen=True)
+class ExpertForm:
+    """The SwiGLU feed-forward of experts, from their arrays: how each projection is stored."""
+
+    w1: Product
+    w2: Product
+    w3: Product
+
+    def of_one(
+        self, trained: Mapping[str, Parts], frozen: Mapping[str, Parts], x: Float[Array, "M D"]
+    ) -> Float[Array, "M D"]:
+        """One expert on its rows: all three products while the rows are at hand."""
+        parts = {name: {**trained[name], **frozen[name]} for name in trained}
+        return self.w2(parts["w2"], jax.nn.silu(self.w1(parts["w1"], x)) * self.w3(parts["w3"], x))
+
+    def run(self, arrays: ExpertArrays, x: Float[Array, "M D"], group_sizes: Int[Array, "E"]) -> Float[Array, "M D"]:
+        """Rows sorted by expert through their experts; zeros for rows past the last group."""
+        trained, frozen = arrays
+        plain = Product(None, None)
+        if not has_ragged_kernel() or (self.w1, self.w2, self.w3) != (plain, plain, plain):
+            return by_blocks(self.of_one, trained, frozen, x, group_sizes)
+
+        def product(name: str, x: Array) -> Array:
+            return grouped_product(x, trained[name]["weight"], group_sizes)
+
+        return product("w2", jax.nn.silu(product("w1", x)) * product("w3", x))
+
+
 class Experts(nnx.Module):
-    """The SwiGLU feed-forwards of all experts, stacked: `w2(silu(w1 x) * w3 x)` with the matrices of each row's own."""
+    """The feed-forwards of all experts, stacked: `w2(silu(w1 x) * w3 x)` with the matrices of each row's own."""
 
     def __init__(self, moe: MoEConfig, dim: int, dtype: DTypeLike) -> None:
         n, hidden = moe.n_experts, moe.expert_hidden_dim
@@ -162,34 +197,39 @@ class Experts(nnx.Module):
         self.w2 = ExpertLinear(n, dim, hidden, ("expert_embed", "hidden"), dtype)
         self.w3 = ExpertLinear(n, hidden, dim, ("hidden", "expert_embed"), dtype)
 
+    @property
+    def form(self) -> ExpertForm:
+        return ExpertForm(self.w1.product, self.w2.product, self.w3.product)
+
+    @property
+    def arrays(self) -> ExpertArrays:
+        """What gradients exist for, and what is frozen, of each projection."""
+        linears = {"w1": self.w1, "w2": self.w2, "w3": self.w3}
+        return tuple({name: getattr(w, kind) for name, w in linears.items()} for kind in ("trained", "frozen"))  # pyright: ignore[reportReturnType]
+
+    def axes(self, *, split_hidden: bool) -> Any:
+        """Logical axes of `arrays` as they are used: whole along the model's width."""
+
+        def used(parameter: nnx.Param) -> tuple[str | None, ...]:
+            axes = parameter.axes[-parameter.get_value().ndim :]  # a scan has taken the layers' axis away
+            return tuple(axis if axis == "expert" or (split_hidden and axis == "hidden") else None for axis in axes)
+
+        linears = {"w1": self.w1, "w2": self.w2, "w3": self.w3}
+        return tuple(
+            {name: {part: used(getattr(w, part)) for part in getattr(w, kind)} for name, w in linears.items()}
+            for kind in ("trained", "frozen")
+        )
+
     def __call__(self, x: Float[Array, "M D"], group_sizes: Int[Array, "E"]) -> Float[Array, "M D"]:
         """Rows sorted by expert through their experts; zeros for rows past the last group."""
-        linears = {"w1": self.w1, "w2": self.w2, "w3": self.w3}
-        if has_ragged_kernel() and all(linear.stored is None for linear in linears.values()):
-            return self.w2(jax.nn.silu(self.w1(x, group_sizes)) * self.w3(x, group_sizes), group_sizes)
-        feed_forward = _ExpertFeedForward(*(linear.product for linear in linears.values()))
-        trained = {name: linear.trained for name, linear in linears.items()}
-        frozen = {name: linear.frozen for name, linear in linears.items()}
-        return by_blocks(feed_forward, trained, frozen, x, group_sizes)
-
-
-@dataclass(frozen=True)
-class _ExpertFeedForward:
-    """The feed-forward of one expert on its rows, from its arrays: all three products while its rows are at hand."""
-
-    w1: Product
-    w2: Product
-    w3: Product
-
-    def __call__(
-        self, trained: Mapping[str, Parts], frozen: Mapping[str, Parts], x: Float[Array, "M D"]
-    ) -> Float[Array, "M D"]:
-        parts = {name: {**trained[name], **frozen[name]} for name in trained}
-        return self.w2(parts["w2"], jax.nn.silu(self.w1(parts["w1"], x)) * self.w3(parts["w3"], x))
+        return self.form.run(self.arrays, x, group_sizes)
 
 
 class MoE(nnx.Module):
-    """`sum over the chosen experts of weight * expert(x)`, plus the shared expert where there is one, unweighted."""
+    """`sum over the chosen experts of weight * expert(x)`, plus the shared expert where there is one, unweighted.
+
+    With `layout`, experts lie along the mesh axis `expert` and their hidden width along `tensor` (see _on_mesh).
+    """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, layout: Layout | None = None) -> None:
         assert config.moe is not None, "a model without experts"
@@ -201,15 +241,86 @@ class MoE(nnx.Module):
         self.shared_experts = FeedForward(dim, shared, dtype) if shared else None
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-        rows = x.reshape(-1, x.shape[-1])  # [T, D]
-        mixed = self._routed(rows).reshape(x.shape)
+        mixed = self._on_one_device(x) if self.layout is None else self._on_mesh(x, self.layout)
         return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
 
-    def _routed(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        routing = route(self.gate(x), self.moe)
+    def _on_one_device(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        rows = x.reshape(-1, x.shape[-1])  # [T, D]
+        routing = route(self.gate(rows), self.moe)
         groups = group(routing.experts, self.moe.n_experts)
-        answers = self.experts(x[groups.tokens], groups.sizes)  # [M, D], sorted by expert
+        answers = self.experts(rows[groups.tokens], groups.sizes)  # [M, D], sorted by expert
+        return mix(answers[groups.rows], routing.weights).reshape(x.shape)
+
+    def _on_mesh(self, x: Float[Array, "*T D"], layout: Layout) -> Float[Array, "*T D"]:
+        """Every device with its own tokens, experts, and part of the hidden width.
+
+        Tokens that are split along `expert` travel to their experts and back. Where they are not, each device has them
+        all and answers for its own experts; the answers are added.
+        """
+        axes = ("rows",) if x.ndim == 2 else sequence_axes(x.shape[:2], layout)
+        ways, experts_along = layout.ways("expert"), layout.along("expert")
+        travels = ways > 1 and set(experts_along) <= set(layout.along(axes[0]) if axes[0] else ())
+        split_hidden = self._hidden_divides(layout)
+        added = (layout.along("hidden") if split_hidden else ()) + (() if travels else experts_along)
+        moe, form = self.moe, self.experts.form
+
+        def local(x: Array, logits: Array, arrays: ExpertArrays) -> Array:
+            rows = x.reshape(-1, x.shape[-1])  # [T, D] of this device
+            routing = route(logits.reshape(len(rows), -1), moe)
+            if travels:
+                mixed = _mixed_by_travel(partial(form.run, arrays), rows, routing, moe, *experts_along)
+            else:
+                first = lax.axis_index(experts_along) * (moe.n_experts // ways) if ways > 1 else 0
+                mixed = _mixed_here(partial(form.run, arrays), rows, routing, first, moe.n_experts // ways)
+            return (lax.psum(mixed, added) if added else mixed).reshape(x.shape)
+
+        tokens, parts = layout.spec((*axes, None)), self.experts.axes(split_hidden=split_hidden)
+        is_axes = lambda leaf: isinstance(leaf, tuple) and all(isinstance(axis, str | None) for axis in leaf)  # noqa: E731
+        return jax.shard_map(
+            local,
+            mesh=layout.mesh,
+            in_specs=(tokens, tokens, jax.tree.map(layout.spec, parts, is_leaf=is_axes)),
+            out_specs=tokens,
+            check_vma=False,
+        )(x, self.gate(x), self.experts.arrays)
+
+    def _hidden_divides(self, layout: Layout) -> bool:
+        """Whether the hidden width is split: not where that would cut the blocks that a quantised weight scales."""
+        ways = layout.ways("hidden")
+        quantized = any(w.stored is not None for w in (self.experts.w1, self.experts.w2, self.experts.w3))
+        return ways > 1 and self.moe.expert_hidden_dim % (ways * (BLOCK if quantized else 1)) == 0
+
+
+def _mixed_here(
+    run: Callable[[Array, Array], Array], rows: Float[Array, "T D"], routing: Routing, first: Any, n_experts: int
+) -> Float[Array, "T D"]:
+    """The weighted answers of `n_experts` experts from number `first` on, to all tokens."""
+    own = routing.experts - first
+    groups = group(jnp.where((own >= 0) & (own < n_experts), own, n_experts), n_experts + 1)
+    answers = run(rows[groups.tokens], groups.sizes[:n_experts])  # zeros for copies that are not of these experts
+    return mix(answers[groups.rows], routing.weights)
+
+
+def _mixed_by_travel(
+    run: Callable[[Array, Array], Array], rows: Float[Array, "T D"], routing: Routing, moe: MoEConfig, axis: str
+) -> Float[Array, "T D"]:
+    """The weighted answers of all experts, wherever they are, to this device's tokens, some tokens at a time."""
+    n_devices = lax.axis_size(axis)
+    copies = n_devices * min(moe.experts_per_token, moe.n_experts // n_devices)  # of a token a device, at most
+    rounds = -(-len(rows) * copies * rows.shape[1] * rows.dtype.itemsize // MAX_BUFFER_BYTES)
+    rounds = next(r for r in range(max(rounds, 1), len(rows) + 1) if len(rows) % r == 0)
+
+    def one_round(part: tuple[Array, Routing]) -> Array:
+        rows, routing = part
+        groups = group(routing.experts, moe.n_experts)
+        room = len(rows) * copies
+        answers = at_their_experts(run, rows[groups.tokens], groups.sizes, axis, room)
         return mix(answers[groups.rows], routing.weights)
+
+    if rounds == 1:
+        return one_round((rows, routing))
+    parts = jax.tree.map(lambda array: array.reshape(rounds, -1, *array.shape[1:]), (rows, routing))
+    return lax.map(one_round, parts).reshape(rows.shape)
 
 
 def mix(answers: Float[Array, "T chosen D"], weights: Float[Array, "T chosen"]) -> Float[Array, "T D"]:

@@ -28,6 +28,7 @@ from ministral_jax.latent_attention import LatentAttention
 from ministral_jax.lora import LoraConfig, attach
 from ministral_jax.memory import plan_memory
 from ministral_jax.parameters import fill, initialize, parameter_specs, parameters
+from ministral_jax.stacked import StackedTransformer
 from ministral_jax.transformer import Transformer
 
 from .paged_runner import PagedRunner, jitted
@@ -106,6 +107,15 @@ def test_chunks_and_single_tokens_over_latents_give_the_logits_of_one_shot(data:
 def test_token_by_token_over_latents_gives_the_logits_of_one_shot() -> None:
     sequences = random_sequences([LENGTH, 20, 5])
     assert_same(runner().run(sequences, [(1, 1, 1)] * LENGTH), scored(sequences))
+
+
+def test_layers_stacked_for_training_are_the_same_model() -> None:
+    """A dense layer before the stack, then latent attention and experts with an axis of layers in front."""
+    (sequence,) = random_sequences([LENGTH])
+    again = fill(Transformer(config()), parameters(model()))
+    stacked = StackedTransformer(again, remat="none")
+    found = jitted(stacked, lambda stacked, tokens: stacked.logits(stacked.hidden(tokens)))  # type: ignore[arg-type]
+    assert_same([np.asarray(found(jnp.asarray(sequence[None])))[0]], scored([sequence]))
 
 
 def turned(pairs: np.ndarray, positions: np.ndarray) -> np.ndarray:
