@@ -26,10 +26,19 @@ def _attention(torch: Any) -> Any:
     return attend
 
 
-def run_mistral_inference(folder: Path, sequences: np.ndarray, chunks: list[int]) -> np.ndarray:
+def run_mistral_inference(
+    folder: Path,
+    sequences: np.ndarray,
+    chunks: list[int],
+    *,
+    lora: Path | None = None,
+    scaling: float = 2.0,
+    rank: int | None = None,
+) -> np.ndarray:
     """Logits [B, T, V] of equally long sequences, fed to its cache in `chunks`; skips where it is not installed.
 
-    The model is that of `params.json` and `consolidated.safetensors` in `folder`.
+    The model is that of `params.json` and `consolidated.safetensors` in `folder`, with the adapter in the file `lora`
+    merged into it, or beside it where its `rank` is given.
     """
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
@@ -38,13 +47,17 @@ def run_mistral_inference(folder: Path, sequences: np.ndarray, chunks: list[int]
         from mistral_inference import transformer_layers
         from mistral_inference.args import TransformerArgs
         from mistral_inference.cache import BufferCache
+        from mistral_inference.lora import LoraArgs
         from mistral_inference.transformer import Transformer
     B, T = sequences.shape
     args = TransformerArgs.from_dict(json.loads((folder / "params.json").read_text()))
     args.max_batch_size = B
+    args.lora = LoraArgs(rank=rank, scaling=scaling) if rank else None
     model = Transformer(args)
     weights = load_file(folder / "consolidated.safetensors")
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    if lora is not None:
+        model.load_lora(lora, scaling=scaling)
     cache = BufferCache(args.n_layers, B, T, args.n_kv_heads, args.head_dim, args.sliding_window)
     for pool in (*cache.cache_k.values(), *cache.cache_v.values()):
         pool.zero_()  # it is uninitialised, and the list window reads what was never written
