@@ -113,10 +113,33 @@ class TrainStep:
         trained = {name: arrays.pop(name).astype(jnp.float32) for name in self.trained_specs}
         place = None if self.layout is None else self._moment_shardings()
         moments = jax.jit(self.optimizer.init, out_shardings=place)(trained)
-        step, key = jnp.zeros((), jnp.int32), key
-        if self.layout is not None:
-            step, key = jax.device_put((step, key), self.layout.sharding())
+        # Through jit, which puts the copies of several processes in their places too.
+        everywhere = None if self.layout is None else self.layout.sharding()
+        step, key = jax.jit(lambda key: (jnp.zeros((), jnp.int32), key), out_shardings=everywhere)(key)
         return TrainState(trained, arrays, moments, step, key)
+
+    def shapes(self, microbatches: int, rows: int, length: int) -> tuple[TrainState, Batch]:
+        """What `lower` needs, without memory behind it: a state, and a batch [microbatches, rows, length]."""
+        struct: Any = jax.ShapeDtypeStruct  # stands for arrays
+
+        def placed(specs: Mapping[str, ParameterSpec], dtype: Any = None) -> Any:
+            places = self._placed(specs) if self.layout else dict.fromkeys(specs)
+            return {n: struct(s.shape, dtype or s.dtype, sharding=places[n]) for n, s in specs.items()}
+
+        trained = placed(self.trained_specs, jnp.float32)
+        moments = jax.eval_shape(self.optimizer.init, trained)
+        if self.layout is not None:
+            moments = jax.tree.map(
+                lambda x, place: struct(x.shape, x.dtype, sharding=place), moments, self._moment_shardings()
+            )
+        frozen = placed({name: spec for name, spec in self.specs.items() if name not in self.trained_specs})
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        everywhere, batch = (self.layout and self.layout.sharding(axes) for axes in ((), BATCH_AXES))
+        state = TrainState(trained, frozen, moments, struct((), jnp.int32, sharding=everywhere), key)
+        ints, floats = (
+            struct((microbatches, rows, length), dtype, sharding=batch) for dtype in (jnp.int32, jnp.float32)
+        )
+        return state, Batch(ints, ints, floats, ints, ints)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step over microbatches [A, B, T]. `state` is used up, all but its frozen parameters."""
