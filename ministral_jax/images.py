@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ministral_jax")
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MOST_BYTES = 64 * 2**20
 # 8192 x 8192: mistral-common resizes in float32, which takes 16 bytes for each of them.
 MOST_PIXELS = 2**26
@@ -163,7 +163,7 @@ def _require_still(image: Image, name: str) -> None:
         raise TokenizerError(f"{name}: {width} x {height} pixels; expected at least one")
     if width * height > MOST_PIXELS:
         raise TokenizerError(f"{name}: {width} x {height} pixels; expected at most {MOST_PIXELS:,} in all")
-    # MPO is what some cameras write: a photograph, then its preview or a second view.
+    # MPO is what some cameras write: a JPEG photograph, then its preview or a second view.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise TokenizerError(f"{name}: {getattr(image, 'n_frames', 2)} frames; expected a single picture")
 
