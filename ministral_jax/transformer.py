@@ -127,9 +127,10 @@ class Transformer(nnx.Module):
         return self._run(tokens, positions, sequence_axes(tokens.shape, self.layout), attend, None, images)[0]
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
-        """Float32 logits of final hidden states."""
+        """Float32 logits of final hidden states; on a mesh each device computes those of its part of the vocabulary."""
         head = self.tok_embeddings if self.output is None else self.output
-        return gathered(head, self.layout).logits(hidden)
+        logits = gathered(head, self.layout).logits(hidden)
+        return logits if self.layout is None else self.layout.constrain_last(logits, "act_vocab")
 
     def extend(
         self, tokens: Int[Array, "T"], cache: PagedCache, batch: PagedBatch, images: ImageRows | None = None

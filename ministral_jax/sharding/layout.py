@@ -58,6 +58,12 @@ class Layout:
         """`x`, told to lie so from here on; inside jit."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
+    def constrain_last(self, x: Array, axis: str) -> Array:
+        """`x`, told how its last dimension lies, the others as they come."""
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        spec = PartitionSpec(*free, self.along(axis) or None)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
     def put(self, tree: Any, *axes: str | None) -> Any:
         """Host arrays with the same logical axes, onto the devices. Every process gives the whole arrays."""
         sharding = self.sharding(axes)

@@ -47,16 +47,25 @@ def absent_gpu() -> AbsentGpu:
     )
 
 
+def absent_gpus(count: int) -> list[Any]:
+    """So many H200 of one host, to make a mesh of; with the compiler found for whoever compiles for them."""
+    put_compiler_on_path()
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=H200
+    )
+    return list(topology.devices)
+
+
 def compile_for_h200(function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()) -> jax.stages.Compiled:
     """`function` compiled to machine code (sm_90a). Arguments are arrays or their shapes and dtypes."""
-    _put_compiler_on_path()
+    put_compiler_on_path()
     gpu = absent_gpu()
     with jax.sharding.use_abstract_mesh(gpu.mesh):
         staged = jax.jit(function, in_shardings=gpu.sharding, out_shardings=gpu.sharding, donate_argnums=tuple(donate))
         return staged.lower(*arguments).compile()
 
 
-def _put_compiler_on_path() -> None:
+def put_compiler_on_path() -> None:
     """XLA and Mosaic call the vendor's assembler by name. Raises RuntimeError where its wheels are not installed."""
     found = importlib.util.find_spec("nvidia")
     if found is None or found.submodule_search_locations is None:

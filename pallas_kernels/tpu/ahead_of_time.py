@@ -37,6 +37,11 @@ def absent_chip(generation: Generation) -> AbsentChip:
     )
 
 
+def absent_slice(name: str) -> list[Any]:
+    """The devices of a slice such as "v5e:2x2" or "v6e:2x4", for a mesh that tells kernels what they compile for."""
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
 def compile_for(
     generation: Generation,
     function: Callable[..., Any],

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from benchmarks.collective_traffic import traffic
 from ministral_jax.errors import ShardingError
 from ministral_jax.sharding import halo, ring
 from ministral_jax.sharding.context import Split, context_flash_attention, context_order, context_positions
 from ministral_jax.sharding.merge import Partial
 from pallas_kernels import flash_attention
-
-from .collective_traffic import traffic
 
 B, N, K, H, HV = 2, 4, 2, 8, 16
 # Programs of a few operations that run once: most of the time would go into optimising their machine code.

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
-BYTES = {"pred": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-INSTRUCTION = re.compile(rf"= (\w+)\[([\d,]*)\]\S* ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+INSTRUCTION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\(")
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -49,10 +50,9 @@ def _sent(computations: dict[str, list[str]], name: str, times: int) -> list[Sen
     for line in computations[name]:
         collective = INSTRUCTION.search(line)
         if collective:
-            shape = [int(size) for size in collective[2].split(",") if size]
             pairs = re.findall(r"\{(\d+),(\d+)\}", line.split("source_target_pairs=")[-1].split("}}")[0] + "}")
             receivers = sum(source != target for source, target in pairs)
-            found.append(Sent(collective[3], math.prod(shape) * BYTES[collective[1]], receivers, times))
+            found.append(Sent(collective[2], _result_bytes(*collective.groups()), receivers, times))
             continue
         turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         inner = times * (int(turns[1]) if turns else 1)
@@ -61,3 +61,11 @@ def _sent(computations: dict[str, list[str]], name: str, times: int) -> list[Sen
         for target in called:
             found += _sent(computations, target, inner)
     return found
+
+
+def _result_bytes(types: str, name: str, started: str | None) -> int:
+    """Bytes that a collective gives, from its type, where one that is only started has its operands first."""
+    arrays = [(kind, sizes) for kind, sizes in SHAPE.findall(types) if sizes or not started]
+    if started and name in ("all-gather", "collective-permute"):
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(math.prod(int(size) for size in sizes.split(",") if size) * BYTES[kind] for kind, sizes in arrays)
