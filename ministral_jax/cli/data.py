@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 BAD_LINES = 1
 _SHOWN_PER_KIND = 5
 _LONGEST_PIECE = 400  # characters of the sample's pieces; the middle of longer ones is left out
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LORA_FLOPS = 4  # operations per parameter and token: forward, and backward through frozen weights
 
 _DESCRIPTION = """\
@@ -266,6 +268,8 @@ def _marked(sample: list[tuple[str, bool]]) -> str:
 
 
 def _shortened(text: str) -> str:
+    """The text as a terminal may show it: without control characters, and of a long one the two ends."""
+    text = _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
     if len(text) <= _LONGEST_PIECE:
         return text
     half = _LONGEST_PIECE // 2

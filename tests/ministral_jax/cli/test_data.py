@@ -75,6 +75,12 @@ def test_a_size_without_a_model_is_wrong_usage(chats, capsys):
     assert "--teraflops: needs the size of a model" in capsys.readouterr().err
 
 
+def test_control_characters_of_the_data_do_not_reach_the_terminal(chats, checkpoint, capsys):
+    chats.write_text(json.dumps({"text": "a\x1b[2Jb\x9bc\td\ne\x00"}) + "\n")
+    out = run(capsys, "validate", str(chats), "--model", str(checkpoint))[1]
+    assert "a\ufffd[2Jb\ufffdc\td\ne\ufffd" in out
+
+
 def test_copies_of_the_good_lines_are_written_and_named(chats, tmp_path, capsys):
     code, out = run(capsys, "validate", str(chats), "--write-corrected", str(tmp_path / "good"))
     assert code == 1
