@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..config_files import CONFIG_FILE_NAMES, Layout, write_config_json, write_params_json
+from ..errors import CheckpointError
 from ..row_order import interleaved_rows
 from .layouts import (
     HEAD,
@@ -47,6 +48,7 @@ def save_mistral(
     a vision tower only the text decoder is written, and the config says so. An existing checkpoint is replaced, each
     file when its successor is complete.
     """
+    _refuse_adapters(arrays, directory)
     folder = _made(directory)
     parts = {part: where for name in arrays for part, where in _by_expert(name, config).items()}
     sources = {mistral_source(part, config): where for part, where in parts.items()}
@@ -72,6 +74,7 @@ def save_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes `config.json` and `model.safetensors`, as `save_mistral` does its own files."""
+    _refuse_adapters(arrays, directory)
     folder = _made(directory)
     named = _hf_tensors(arrays, config)
     specs = {name: _spec(arrays[where[0][0]], dtype, shape) for name, (shape, where) in named.items()}
@@ -118,6 +121,14 @@ def _hf_tensors(arrays: Mapping[str, Any], config: ModelConfig) -> dict[str, tup
 
 def _described(config: ModelConfig, arrays: Mapping[str, Any]) -> ModelConfig:
     return config if any(map(is_vision, arrays)) else dataclasses.replace(config, vision=None)
+
+
+def _refuse_adapters(arrays: Mapping[str, Any], directory: str | Path) -> None:
+    if any(name.endswith((".lora_a", ".lora_b")) for name in arrays):
+        raise CheckpointError(
+            f"{directory}: the model has an adapter; write it alone with save_adapter and merge the files, or save "
+            "without_adapters(model)"
+        )
 
 
 def _made(directory: str | Path) -> Path:

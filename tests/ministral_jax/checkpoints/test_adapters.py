@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from ministral_jax.checkpoints.adapters import attach_adapter, read_adapter, save_adapter
 from ministral_jax.checkpoints.conversion.convert import convert
+from ministral_jax.checkpoints.save import save_hf, save_mistral
 from ministral_jax.config_files import params_from_config
 from ministral_jax.errors import MinistralError
 from ministral_jax.linear import LowRank, projections
-from ministral_jax.lora import LoraConfig, adapted, adapter_parameters, attach
+from ministral_jax.lora import LoraConfig, adapted, adapter_parameters, attach, without_adapters
 from ministral_jax.parameters import fill, parameter_specs, parameters
 from ministral_jax.sharding.layout import layout_for
 from ministral_jax.sharding.meshes import make_mesh
@@ -25,6 +26,7 @@ from ministral_jax.stacked import StackedTransformer
 from ministral_jax.transformer import Transformer
 from tests.architecture_files import EXAMPLES
 from tests.checkpoint_files import interleaved, random_weights, tiny_config
+from tests.mutation import damaged_documents
 
 RANK, SCALE = 4, 1.75
 LORA, PEFT, PEFT_CONFIG = "lora.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -316,6 +318,25 @@ def test_a_truncated_file_is_one_line(tmp_path):
         assert str(caught.value).startswith(str(tmp_path / LORA))
 
 
+@pytest.mark.parametrize(("to", "name"), [("hf", PEFT_CONFIG), ("mistral", "params.json")])
+def test_a_damaged_config_is_one_line_or_harmless(tmp_path, to, name):
+    config = tiny_config("mistral")
+    save_adapter(tmp_path, adapted_model(config, PATTERNS if to == "hf" else None), to=to, base="some/base")
+    path = tmp_path / name
+    refused = 0
+    for damage in damaged_documents(json.loads(path.read_text()), seed=0):
+        path.write_text(damage.text, encoding="utf-8", errors="surrogatepass")
+        try:
+            adapter = read_adapter(tmp_path, config)
+        except MinistralError as error:
+            refused += 1
+            assert str(error).startswith(str(path.parent)), damage  # noqa: PT017
+            assert "\n" not in str(error), damage  # noqa: PT017
+        else:
+            assert all(np.isfinite(module.scale) and module.rank > 0 for module in adapter.modules.values()), damage
+    assert refused > (20 if to == "hf" else 5)
+
+
 def test_a_lone_file_has_the_base_of_the_model_and_its_own_scaling(tmp_path):
     model = adapted_model(tiny_config("mistral"))
     save_adapter(tmp_path, model, to="mistral")
@@ -338,6 +359,15 @@ def test_the_summary_is_one_line(tmp_path):
     save_adapter(tmp_path, adapted_model(tiny_config("mistral"), PATTERNS), to="hf")
     summary = read_adapter(tmp_path, tiny_config("mistral")).summary()
     assert summary == "rank 2 to 4, scaling 1.5 to 3, 9 projections"
+
+
+@pytest.mark.parametrize("save", [save_mistral, save_hf])
+def test_a_model_with_an_adapter_is_not_saved_as_if_it_had_none(tmp_path, save):
+    model = adapted_model(tiny_config("mistral", n_layers=1))
+    with pytest.raises(MinistralError, match="has an adapter"):
+        save(tmp_path / "m", parameters(model), model.config)
+    assert not (tmp_path / "m").exists()
+    save(tmp_path / "m", parameters(without_adapters(model)), model.config)
 
 
 def test_the_base_of_a_loaded_adapter_is_untouched(tmp_path):
