@@ -6,9 +6,10 @@ import argparse
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .arguments import positive, whole
-from .failures import describe
+from .failures import UsageError, describe
 from .output import speak_only_of_trouble
 
 # What a process may have otherwise than the others: who it is, where its copy of the files lies, what it shows.
@@ -81,14 +82,31 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def _agree(arguments: argparse.Namespace) -> None:
-    from ..sharding.agreement import require_agreement, version_items
+    from ..sharding.agreement import digest, require_agreement, version_items
     from ..sharding.hosts import shared
 
     require_agreement("versions", version_items())
     if getattr(arguments, "seed", 0) is None:
         arguments.seed = int(shared("seed", str(random.getrandbits(31))))
     options = {name: value for name, value in vars(arguments).items() if name not in _OWN}
-    require_agreement("options", {f"--{name.replace('_', '-')}": str(value) for name, value in options.items()})
+    items = {f"--{name.replace('_', '-')}": str(value) for name, value in options.items()}
+    for option, value in _texts(arguments):
+        if value == "-":
+            raise UsageError(f"{option} -: stdin cannot be read by several processes; give a file")
+        if option != "--prompt":
+            items[f"the contents of {option} ({Path(value).name})"] = digest(Path(value).read_bytes())
+    require_agreement("options", items)
+
+
+def _texts(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Options that name files, or stdin, and their values."""
+    prompts = getattr(arguments, "prompt", None) or []
+    named = [("--prompt", text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
+    named += [("--image", path) for path in getattr(arguments, "image", [])]
+    for option in ("file", "ids_file"):
+        if value := getattr(arguments, option, None):
+            named.append((f"--{option.replace('_', '-')}", value))
+    return named
 
 
 def leave(arguments: argparse.Namespace, code: int) -> None:

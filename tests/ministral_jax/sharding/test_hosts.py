@@ -16,7 +16,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from ministral_jax.cli import build_parser
+from ministral_jax.cli import hosts as cli_hosts
+from ministral_jax.cli.failures import UsageError
 from ministral_jax.errors import HostsError
+from ministral_jax.sharding import agreement
 from ministral_jax.sharding.hosts import HostOptions, Place, find_place, start, sync
 from tests.checkpoint_files import tiny_config, write_tiny_checkpoint
 
@@ -123,6 +127,36 @@ def test_joining_after_jax_was_used_is_refused():
     jax.devices()
     with pytest.raises(HostsError, match="jax has been used before this process joined the others; join them first"):
         start(HostOptions("127.0.0.1:1", 2, 0))
+
+
+def compared_options(monkeypatch: pytest.MonkeyPatch, *command: str) -> dict[str, str]:
+    """What a process of several gives to be compared before it runs a command."""
+    compared: dict[str, dict[str, str]] = {}
+    monkeypatch.setattr(agreement, "require_agreement", compared.__setitem__)
+    cli_hosts._agree(build_parser().parse_args(command))
+    assert compared["versions"] == agreement.version_items()
+    return compared["options"]
+
+
+def test_options_and_the_contents_of_files_are_compared_but_not_who_a_process_is(tmp_path, monkeypatch):
+    ids = tmp_path / "ids"
+    ids.write_text("1,5,9")
+    command = ("generate", "here", "--ids-file", str(ids), "--seed", "4", "--processes", "2", "--process-id")
+    first = compared_options(monkeypatch, *command, "0")
+    assert first["--seed"] == "4"
+    moved = tmp_path / "elsewhere" / "ids"
+    moved.parent.mkdir()
+    moved.write_text("1,5,9")
+    command = ("generate", "there", "--ids-file", str(moved), "--seed", "4", "--processes", "2", "--process-id")
+    assert compared_options(monkeypatch, *command, "1") == first
+    moved.write_text("1,5,8")
+    other = compared_options(monkeypatch, *command, "1")
+    assert {name for name in other if other[name] != first[name]} == {"the contents of --ids-file (ids)"}
+
+
+def test_several_processes_cannot_read_stdin(monkeypatch):
+    with pytest.raises(UsageError, match="--file -: stdin cannot be read by several processes; give a file"):
+        compared_options(monkeypatch, "score", "here", "--file", "-")
 
 
 def free_port() -> int:

@@ -58,7 +58,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
     for name in expected.keys() - {"own bytes"}:
         wanted = expected[name]
         if wanted.dtype.kind == "f":
-            scale = np.ptp(wanted) if wanted.ndim else abs(wanted)
+            scale = float(np.ptp(wanted) if wanted.ndim else abs(wanted))
             np.testing.assert_allclose(found[name], wanted, rtol=0, atol=CLOSE * scale, err_msg=name)
         else:
             np.testing.assert_array_equal(found[name], wanted, err_msg=name)
