@@ -5,8 +5,10 @@ Needs torch, and mistral_inference 1.6.0, xformers 0.0.35, simple-parsing and fi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ from safetensors.numpy import load_file
 
 
 def _attention(torch: Any) -> Any:
-    """Softmax attention [1, T, N, H] under an xformers bias, which is materialised: the CPU has no fused kernel."""
+    """Softmax attention [1, T, N, H] under an xformers bias, which is materialised: the CPU has no fused kernel.
+
+    The vision tower makes a bias and does not hand it on: patches of all images see each other.
+    """
 
     def attend(q: Any, k: Any, v: Any, bias: Any) -> Any:
-        mask = bias.materialize((q.shape[1], k.shape[1]), dtype=q.dtype, device=q.device)
+        shape = (q.shape[1], k.shape[1])
+        mask = 0.0 if bias is None else bias.materialize(shape, dtype=q.dtype, device=q.device)
         scores = torch.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5 + mask
         return torch.einsum("bnts,bsnh->btnh", torch.softmax(scores, dim=-1), v).contiguous()
 
@@ -31,6 +37,7 @@ def run_mistral_inference(
     sequences: np.ndarray,
     chunks: list[int],
     *,
+    images: Sequence[np.ndarray] = (),
     lora: Path | None = None,
     scaling: float = 2.0,
     rank: int | None = None,
@@ -38,19 +45,23 @@ def run_mistral_inference(
     """Logits [B, T, V] of equally long sequences, fed to its cache in `chunks`; skips where it is not installed.
 
     The model is that of `params.json` and `consolidated.safetensors` in `folder`, with the adapter in the file `lora`
-    merged into it, or beside it where its `rank` is given.
+    merged into it, or beside it where its `rank` is given. `images` are those of the first chunk.
     """
     torch = pytest.importorskip("torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("mistral_inference")
         from mistral_inference import transformer_layers
-        from mistral_inference.args import TransformerArgs
+        from mistral_inference.args import TransformerArgs, VisionEncoderArgs
         from mistral_inference.cache import BufferCache
         from mistral_inference.lora import LoraArgs
         from mistral_inference.transformer import Transformer
     B, T = sequences.shape
-    args = TransformerArgs.from_dict(json.loads((folder / "params.json").read_text()))
+    params = json.loads((folder / "params.json").read_text())
+    if "vision_encoder" in params:
+        known = {field.name for field in dataclasses.fields(VisionEncoderArgs)}
+        params["vision_encoder"] = {key: value for key, value in params["vision_encoder"].items() if key in known}
+    args = TransformerArgs.from_dict(params)
     args.max_batch_size = B
     args.lora = LoraArgs(rank=rank, scaling=scaling) if rank else None
     model = Transformer(args)
@@ -63,9 +74,9 @@ def run_mistral_inference(
         pool.zero_()  # it is uninitialised, and the list window reads what was never written
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(transformer_layers, "memory_efficient_attention", _attention(torch))
-        parts = []
+        parts, shown = [], [torch.from_numpy(image) for image in images]
         for part in np.split(sequences, np.cumsum(chunks)[:-1], axis=1):
             tokens = torch.from_numpy(np.ascontiguousarray(part)).long().flatten()
-            logits = model(tokens, seqlens=[part.shape[1]] * B, cache=cache)
+            logits = model(tokens, seqlens=[part.shape[1]] * B, cache=cache, images=None if parts else shown)
             parts.append(logits.reshape(B, part.shape[1], -1).numpy())
     return np.concatenate(parts, axis=1)
