@@ -17,7 +17,7 @@ import ministral_jax
 from ministral_jax.checkpoints import load as load_module
 from ministral_jax.checkpoints.layouts import hf_name
 from ministral_jax.checkpoints.load import load_model
-from ministral_jax.checkpoints.safetensors import ALIGNMENT
+from ministral_jax.checkpoints.safetensors import ALIGNMENT, SafetensorsFile
 from ministral_jax.checkpoints.save import save_hf, save_mistral
 from ministral_jax.checkpoints.weight_files import WeightFiles
 from ministral_jax.config import ModelConfig
@@ -239,6 +239,22 @@ class TestPlacement:
         assert_equal(values(model), weights)
         wk = parameters(model)["layers.0.attention.wk.weight"]
         assert wk.addressable_shards[0].data.shape[0] < tiny_config().head_dim
+
+    @pytest.mark.parametrize("mesh", ["tensor=2", "fsdp=4,tensor=2", "data=2,fsdp=4"])
+    def test_one_host_reads_every_byte_once(self, tmp_path, monkeypatch, mesh):
+        write_tiny_checkpoint(tmp_path, tiny_config())
+        read = []
+        original = SafetensorsFile._read_bytes
+
+        def counting(self, name, begin, out):
+            read.append((name, begin, out.nbytes))
+            original(self, name, begin, out)
+
+        monkeypatch.setattr(SafetensorsFile, "_read_bytes", counting)
+        load_model(tmp_path, mesh=mesh, dtype="float32")
+        with WeightFiles(tmp_path, "mistral") as files:
+            assert sum(size for _, _, size in read) == sum(info.n_bytes for info in files.tensors.values())
+        assert len({(name, begin) for name, begin, _ in read}) == len(read)
 
     def test_a_shard_of_whole_heads_reads_no_other_bytes(self, tmp_path):
         write_tiny_checkpoint(tmp_path, tiny_config())

@@ -19,6 +19,7 @@ from ministral_jax.config import ModelConfig, MoEConfig, RopeConfig
 from ministral_jax.parameters import fill, initialize, parameter_specs, parameters
 from ministral_jax.sharding.layout import Layout, layout_for
 from ministral_jax.sharding.meshes import make_mesh
+from ministral_jax.sharding.rules import RULES
 from ministral_jax.transformer import Transformer
 
 LAYERS, WINDOW = 2, 6
@@ -30,6 +31,7 @@ MESHES = {
     "expert": "expert=4,tensor=2",
     "context": "context=4,tensor=2",
     "all": "data=2,context=2,tensor=2",
+    "repeated heads": "tensor=8",
 }
 
 
@@ -58,7 +60,7 @@ def one_device(rules: str) -> Transformer:
 @functools.cache
 def on_mesh(rules: str) -> Transformer:
     config, arrays = config_for(rules), parameters(one_device(rules))
-    layout = layout_for(config, make_mesh(MESHES[rules]), rules)
+    layout = layout_for(config, make_mesh(MESHES[rules]), rules if rules in RULES else "all")
     model = Transformer(config, layout=layout)
     return fill(model, lambda name, spec: jax.device_put(arrays[name], layout.placement(name, spec)))
 
