@@ -70,7 +70,7 @@ class Fp8BlockWeight:
     def product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`x @ W.T` with activations as they are; the scales multiply float32 sums over 128 columns."""
         columns, weights = self._groups(x)
-        return self._sums(columns, weights.astype(x.dtype), None).astype(x.dtype).reshape(*x.shape[:-1], -1)
+        return self._sums(columns, weights, None).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
     def quantized_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`q(x) @ W.T`: 128 columns at a time, each token's group in e4m3 with its own scale, sums in float32."""
@@ -105,11 +105,12 @@ class Fp8BlockWeight:
 
         if 4 * groups * tokens * n_out <= MAX_PARTIAL_BYTES:
             axes = (((2,), (2,)), ((0,), (1,)))
+            weights = weights.astype(columns.dtype)
             parts = lax.dot_general(columns, weights, axes, preferred_element_type=jnp.float32)  # [G, T, O]
             return jnp.sum(scaled(parts, slice(None)), axis=0)
 
         def group(sums: Array, g: Array) -> tuple[Array, None]:
-            return sums + scaled(contract(columns[g], weights[:, g]), g), None
+            return sums + scaled(contract(columns[g], weights[:, g].astype(columns.dtype)), g), None
 
         return lax.scan(group, jnp.zeros((tokens, n_out), jnp.float32), jnp.arange(groups))[0]
 

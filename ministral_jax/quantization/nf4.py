@@ -8,6 +8,7 @@ scale is a bfloat16, whose product with an int8 is exact, so that a fused multip
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
 from .rounding import even_and_odd, unpacked
-from .weight import contract, is_one_token, vector_product
+from .weight import contract, in_row_blocks, is_one_token, vector_product
 
 BLOCK = 64
 STEP = 8
@@ -65,18 +66,27 @@ class Nf4Weight:
 
     def product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`x @ W.T`, W rounded to the dtype of `x` unless that is one token; activations are never quantised here."""
-        n_out, half = self.payload.shape
-        # In two steps, of which XLA fuses the last into the product; on a TPU it writes what a single longer one gives.
-        eighths = jnp.repeat(self.constants(), BLOCK // 2 // STEP, axis=1)
-        constants = jnp.repeat(eighths, STEP, axis=1)[:, :half]  # [O, I/2]
-        sums: Array = jnp.zeros((*x.shape[:-1], n_out), jnp.float32)
-        for columns, nibbles in even_and_odd(x, self.payload):
-            values = nf4_values(nibbles)  # [O, I/2]
-            if is_one_token(x):
-                sums += vector_product(columns.reshape(-1), values, constants).reshape(sums.shape)
-            else:
-                sums += contract(columns, (values * constants).astype(x.dtype))
-        return sums.astype(x.dtype)
+        arrays = (self.payload, self.constants())
+        if is_one_token(x):
+            return _of_rows(x, *arrays).astype(x.dtype)
+        return in_row_blocks(functools.partial(_of_rows, x), arrays, x.shape[-1]).astype(x.dtype)
+
+
+def _of_rows(
+    x: Float[Array, "*T I"], payload: UInt8[Array, "O half"], constants: Float[Array, "O blocks"]
+) -> Float[Array, "*T O"]:
+    n_out, half = payload.shape
+    # In two steps, of which XLA fuses the last into the product; on a TPU it writes what a single longer one gives.
+    eighths = jnp.repeat(constants, BLOCK // 2 // STEP, axis=1)
+    spread = jnp.repeat(eighths, STEP, axis=1)[:, :half]  # [O, I/2]
+    sums: Array = jnp.zeros((*x.shape[:-1], n_out), jnp.float32)
+    for columns, nibbles in even_and_odd(x, payload):
+        values = nf4_values(nibbles)  # [O, I/2]
+        if is_one_token(x):
+            sums += vector_product(columns.reshape(-1), values, spread).reshape(sums.shape)
+        else:
+            sums += contract(columns, (values * spread).astype(x.dtype))
+    return sums
 
 
 def nf4_values(nibbles: UInt8[Array, "*S"]) -> Float[Array, "*S"]:

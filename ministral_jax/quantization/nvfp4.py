@@ -6,6 +6,7 @@ value has six significant bits, exact in bfloat16 and float16; the products here
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -25,7 +26,7 @@ from .rounding import (
     to_e2m1,
     unpacked,
 )
-from .weight import contract, is_one_token, vector_product
+from .weight import contract, in_row_blocks, is_one_token, vector_product
 
 GROUP = 16
 
@@ -56,15 +57,23 @@ class Nvfp4Weight:
 
     def _local_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`x @ W.T` for the matrix before its divisor, in float32."""
-        scale = jnp.repeat(self.scale.astype(jnp.float32), GROUP // 2, axis=1)  # [O, I/2]
-        sums: Array = jnp.zeros((*x.shape[:-1], len(scale)), jnp.float32)
-        for columns, nibbles in even_and_odd(x, self.payload):
-            values = e2m1_values(nibbles)  # [O, I/2]
-            if is_one_token(x):
-                sums += vector_product(columns.reshape(-1), values, scale).reshape(sums.shape)
-            else:
-                sums += contract(columns, (values * scale).astype(x.dtype))  # exact in 16 bits
-        return sums
+        if is_one_token(x):
+            return _of_rows(x, self.payload, self.scale)
+        return in_row_blocks(functools.partial(_of_rows, x), (self.payload, self.scale), x.shape[-1])
+
+
+def _of_rows(
+    x: Float[Array, "*T I"], payload: UInt8[Array, "O half"], scale: Float[Array, "O groups"]
+) -> Float[Array, "*T O"]:
+    spread = jnp.repeat(scale.astype(jnp.float32), GROUP // 2, axis=1)  # [O, I/2]
+    sums: Array = jnp.zeros((*x.shape[:-1], len(scale)), jnp.float32)
+    for columns, nibbles in even_and_odd(x, payload):
+        values = e2m1_values(nibbles)  # [O, I/2]
+        if is_one_token(x):
+            sums += vector_product(columns.reshape(-1), values, spread).reshape(sums.shape)
+        else:
+            sums += contract(columns, (values * spread).astype(x.dtype))  # exact in 16 bits
+    return sums
 
 
 def nvfp4_rounded(x: Float[Array, "*T I"], global_scale: Float[Array, ""]) -> Float[Array, "*T I"]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+# Of the numbers that a product of several tokens is made of, on a GPU: a third of what an H200 caches.
+SET_BYTES = 16 * 2**20
 
 
 @runtime_checkable
@@ -36,6 +41,33 @@ class QuantizedProduct(QuantizedWeight, Protocol):
 def contract(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:
     """`x @ weight.T` summed in float32."""
     return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def in_row_blocks(
+    product: Callable[..., Float[Array, "*T rows"]], arrays: tuple[Array, ...], n_in: int
+) -> Float[Array, "*T O"]:
+    """`product(*arrays)` of all rows of a matrix [O, n_in]; on a GPU of one set of rows after the other.
+
+    There XLA writes what a product is made of to memory, two bytes a number: sets are so small that they stay in the
+    cache, 16 MiB. Set j is every row whose number is j modulo their count, so that rows may be spread over devices.
+    The backward pass computes a set again.
+    """
+    n_out = len(arrays[0])
+    wanted = -(-2 * n_out * n_in // SET_BYTES)
+    count = next(count for count in range(wanted, n_out + 1) if n_out % count == 0)
+
+    def one_by_one() -> Float[Array, "*T O"]:
+        @jax.checkpoint
+        def of_set(j: Array) -> Array:
+            sets = (array.reshape(n_out // count, count, *array.shape[1:]) for array in arrays)
+            return product(*(lax.dynamic_index_in_dim(rows, j, axis=1, keepdims=False) for rows in sets))
+
+        products = lax.scan(lambda _, j: (None, of_set(j)), None, jnp.arange(count))[1]  # [count, *T, O / count]
+        return jnp.moveaxis(products, 0, -1).reshape(*products.shape[1:-1], n_out)
+
+    if count == 1:
+        return product(*arrays)
+    return lax.platform_dependent(cuda=one_by_one, default=lambda: product(*arrays))
 
 
 def is_one_token(x: Float[Array, "*T I"]) -> bool:

@@ -49,3 +49,15 @@ def test_decoding_one_token_writes_no_dense_matrix(stored, chip):
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < SHAPE[0] * SHAPE[1] / 8  # a sixteenth of the matrix in bfloat16
+
+
+@pytest.mark.parametrize("stored", [LinearFormat("nvfp4"), LinearFormat("nf4")], ids=lambda stored: stored.format)
+def test_several_tokens_write_no_dense_matrix_on_a_gpu(stored):
+    from pallas_kernels.gpu.ahead_of_time import compile_for_h200
+
+    shape = (14336, 4096)
+    parts = {name: jax.ShapeDtypeStruct(p.shape, p.dtype) for name, p in stored.parts(*shape).items()}
+    x = jax.ShapeDtypeStruct((16, shape[1]), jnp.bfloat16)
+    memory = compile_for_h200(lambda parts, x: stored.weight(parts).product(x), parts, x).memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 2 * shape[0] * shape[1] / 4  # all of it would be 117 MB

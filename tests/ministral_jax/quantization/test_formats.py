@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from ministral_jax.quantization import LinearFormat, QuantizedProduct, fp8
+from ministral_jax.quantization import weight as weight_module
 from ministral_jax.quantization.nvfp4 import nvfp4_rounded
 from ministral_jax.quantization.rounding import divided, e2m1_values, to_e2m1, unpacked
 from tests.quantized_files import CASES, E4M3, encode, nearest_e2m1, rounded_activations, unpack, values
@@ -148,3 +150,29 @@ def test_division_by_a_constant_is_rounded_correctly():
 def test_static_activations_beyond_their_scale_are_clamped():
     weight = fp8.Fp8Weight(jnp.ones((1, 4), E4M3), jnp.float32(1.0), jnp.float32(0.5))
     np.testing.assert_array_equal(weight.quantized_product(jnp.full((1, 4), 1e6)), [[4 * 448 * 0.5]])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in ("nvfp4", "nf4")])
+def test_sets_of_rows_one_after_the_other_give_the_product_of_all(case, monkeypatch):
+    """What a GPU does with several tokens of a large matrix, done here with a small one."""
+    _, weight, _ = drawn(case, (48, 64))
+    x = jnp.asarray(tokens((48, 64))).reshape(2, 3, 64)
+    product = weight.product if case[1] == "none" else weight.quantized_product
+
+    def both():
+        return jax.jit(lambda x: (product(x), jax.grad(lambda x: jnp.sum(weight.product(x) ** 2))(x)))(x)
+
+    expected, expected_gradient = both()
+    sets = []
+
+    def on_gpu(*, cuda, default):
+        sets.append(cuda)
+        return cuda()
+
+    monkeypatch.setattr(weight_module, "SET_BYTES", 1000)
+    monkeypatch.setattr(lax, "platform_dependent", on_gpu)
+    found, gradient = both()
+    assert len(sets) == 2
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-3)
+    assert "f32[48,32]" not in str(jax.make_jaxpr(product)(x))
