@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from ministral_jax.checkpoints.adapters import attach_adapter, read_adapter, save_adapter
 from ministral_jax.checkpoints.conversion.convert import convert
+from ministral_jax.checkpoints.conversion.merge import merge
+from ministral_jax.checkpoints.load import load_model
 from ministral_jax.checkpoints.save import save_hf, save_mistral
 from ministral_jax.config_files import params_from_config
 from ministral_jax.errors import MinistralError
@@ -24,7 +26,7 @@ from ministral_jax.sharding.layout import layout_for
 from ministral_jax.sharding.meshes import make_mesh
 from ministral_jax.stacked import StackedTransformer
 from ministral_jax.transformer import Transformer
-from tests.architecture_files import EXAMPLES
+from tests.architecture_files import EXAMPLES, MIXTRAL
 from tests.checkpoint_files import interleaved, random_weights, tiny_config
 from tests.mutation import damaged_documents
 
@@ -378,3 +380,27 @@ def test_the_base_of_a_loaded_adapter_is_untouched(tmp_path):
     attach_adapter(model, read_adapter(tmp_path, config))
     assert all(parameters(model)[name] is array for name, array in before.items())
     assert not any("lora" in ".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(bare_model(config))))
+
+
+def test_every_expert_has_its_own_adapter_in_files(tmp_path):
+    config = MIXTRAL
+    model = adapted_model(config, LoraConfig(rank=RANK, scaling=SCALE, targets=("wv", "w1", "w2")))
+    save_adapter(tmp_path / "a", model, to="mistral")
+    found = load_file(tmp_path / "a" / LORA)
+    b = np.asarray(adapter_parameters(model)["layers.1.feed_forward.experts.w2.lora_b"])
+    assert b.shape == (4, 64, RANK)
+    for expert in range(4):
+        name = f"layers.1.feed_forward.experts.{expert}.w2.lora_B.weight"
+        np.testing.assert_array_equal(found[name], b[expert])
+    save_mistral(tmp_path / "base", parameters(without_adapters(model)), config)
+    again = load_model(tmp_path / "base", adapter=tmp_path / "a")
+    assert_same_adapter(model, again)
+    merge(tmp_path / "base", tmp_path / "a", tmp_path / "m")
+    merged = parameters(load_model(tmp_path / "m"))
+    for name, linear in adapted(model).items():
+        product = jnp.einsum("...RI,...OR->...OI", linear.lora_a[...], linear.lora_b[...])
+        np.testing.assert_allclose(merged[f"{name}.weight"], linear.weight[...] + SCALE * product, rtol=0, atol=1e-5)
+    some = {name: array for name, array in found.items() if "experts.3." not in name}
+    save_file(some, tmp_path / "a" / LORA, {"scaling": "1.75"})
+    with pytest.raises(MinistralError, match="only some of them"):
+        load_model(tmp_path / "base", adapter=tmp_path / "a")
