@@ -6,8 +6,10 @@ from the last hop only the rows that are needed. One call of `flash_attention` t
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
@@ -15,6 +17,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from pallas_kernels import flash_attention
 
 from .chunks import Chunks
+
+Tree = TypeVar("Tree")
 
 
 def halo_attention(
@@ -27,21 +31,43 @@ def halo_attention(
     options: dict[str, Any],
 ) -> Float[Array, "B T N Hv"]:
     """This shard's attention to its own keys and the halo before them. `options` go to `flash_attention`."""
+    slots, own = range(chunks.per_shard), (k, v, segment_ids)
+    halos = [halo_rows(chunks, slot, window) for slot in slots]
+    fetched = [
+        jax.tree.map(functools.partial(_fetched, chunks, slot=slot, halo=halo), own)
+        for slot, halo in zip(slots, halos, strict=True)
+    ]
+    q, fetched = _meanwhile(q, fetched)
     outs = []
-    for slot in range(chunks.per_shard):
-        at = slice(slot * chunks.length, (slot + 1) * chunks.length)
-        halo = halo_rows(chunks, slot, window)
+    for slot, halo in zip(slots, halos, strict=True):
         missing = missing_rows(chunks, slot, halo)
-        keys, values = (with_halo(chunks, x, slot, halo, missing) for x in (k, v))  # [B, halo + run, K, H]
-        ids = None
-        if segment_ids is not None:
-            ids = segment_ids[:, at], with_halo(chunks, segment_ids, slot, halo, missing)
+        at = slice(slot * chunks.length, (slot + 1) * chunks.length)
+        join = functools.partial(_joined, missing=missing)
+        keys, values, ids = jax.tree.map(lambda x, before, at=at, join=join: join(before, x[:, at]), own, fetched[slot])
         outs.append(
             flash_attention(
-                q[:, at], keys, values, window=window, segment_ids=ids, query_offset=halo - missing, **options
+                q[:, at],
+                keys,
+                values,
+                window=window,
+                segment_ids=None if segment_ids is None else (segment_ids[:, at], ids),
+                query_offset=halo - missing,
+                **options,
             )
         )
     return jnp.concatenate(outs, axis=1)
+
+
+@jax.custom_vjp
+def _meanwhile(q: Array, transfers: Tree) -> tuple[Array, Tree]:
+    """Both, neither used before all is there: the projection of the queries is the time that transfers get.
+
+    Gradients are not held up: those of a halo are sent while that of the queries is computed.
+    """
+    return lax.optimization_barrier((q, transfers))
+
+
+_meanwhile.defvjp(lambda q, transfers: (_meanwhile(q, transfers), None), lambda _, gradients: gradients)
 
 
 def halo_rows(chunks: Chunks, slot: int, window: int) -> int:
@@ -60,29 +86,29 @@ def _numbers(chunks: Chunks, slot: int) -> list[int]:
     return [chunks.at(shard, slot) for shard in range(chunks.shards)]
 
 
-def with_halo(
-    chunks: Chunks, x: Shaped[Array, "B T *rest"], slot: int, halo: int, missing: Int[Array, ""] | int
+def _joined(
+    before: list[Shaped[Array, "B _ *rest"]], own: Shaped[Array, "B run *rest"], missing: Int[Array, ""] | int
 ) -> Shaped[Array, "B halo_and_run *rest"]:
-    """The `halo` rows of `x` before the run in `slot`, from the shards that hold them, and the run itself.
+    """A halo and the run after it.
 
     Rows from before the beginning of the sequence are not there: the others move up, and what fills the end stands
     after the last query, where none looks.
     """
-    length = chunks.length
-    own = x[:, slot * length : (slot + 1) * length]
-    if not halo:
-        return own
-    hops = -(-halo // length)
-    rows = {hop: length if hop < hops else halo - (hops - 1) * length for hop in range(1, hops + 1)}
-    pieces = [_fetched(chunks, x, slot, hop, rows[hop]) for hop in range(hops, 0, -1)]
-    whole = jnp.concatenate([*pieces, own], axis=1)
+    whole = jnp.concatenate([*before, own], axis=1)
     if isinstance(missing, int):
         return whole
-    room = jnp.zeros((x.shape[0], halo, *x.shape[2:]), x.dtype)
-    return lax.dynamic_slice_in_dim(jnp.concatenate([whole, room], axis=1), missing, halo + length, axis=1)
+    room = jnp.zeros((own.shape[0], whole.shape[1] - own.shape[1], *own.shape[2:]), own.dtype)
+    return lax.dynamic_slice_in_dim(jnp.concatenate([whole, room], axis=1), missing, whole.shape[1], axis=1)
 
 
-def _fetched(
+def _fetched(chunks: Chunks, x: Shaped[Array, "B T *rest"], slot: int, halo: int) -> list[Shaped[Array, "B _ *rest"]]:
+    """The `halo` rows of `x` before the run in `slot`, a piece per hop, farthest first."""
+    length = chunks.length
+    hops = range(-(-halo // length), 0, -1)
+    return [_from_hop(chunks, x, slot, hop, min(length, halo - (hop - 1) * length)) for hop in hops]
+
+
+def _from_hop(
     chunks: Chunks, x: Shaped[Array, "B T *rest"], slot: int, hop: int, rows: int
 ) -> Shaped[Array, "B rows *rest"]:
     """The last `rows` of the run that is `hop` before the one in `slot`; zeros where there is none."""

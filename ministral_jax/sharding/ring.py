@@ -61,11 +61,19 @@ class Rows(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of queries, keys and values, in float32."""
+    """Of queries, keys and values: sums in float32, terms as the kernels give them."""
 
     q: Float[Array, "B T N H"]
     k: Float[Array, "B T K H"]
     v: Float[Array, "B T K Hv"]
+
+
+class Pairs(NamedTuple):
+    """What is done with a run of queries and a run of keys: `add(carry, *runs, compute(*runs))`."""
+
+    compute: Callable[[Run, Run], Any]
+    nothing: Any  # numbers that stand for what `compute` gives where no query sees a key
+    add: Callable[[Any, Run, Run, Any], Any]
 
 
 def ring_attention(
@@ -91,14 +99,17 @@ def _forward(settings: RingSettings, q: Array, k: Array, v: Array, ids: Array | 
     out, lse = flash_attention(q, k, v, segment_ids=ids, return_lse=True, **settings.options)
 
     def visit(step: Array | int, visiting: Keys, seen: Partial, transfers: Tree) -> tuple[Partial, Tree]:
-        def attend(query_run: Run, key_run: Run, seen: Partial) -> Partial:
-            queries, query_ids, old = _run(chunks, (q, ids, seen), query_run)
-            keys = _run(chunks, visiting, key_run)
+        def attend(query_run: Run, key_run: Run) -> Partial:
+            (queries, query_ids), keys = _run(chunks, (q, ids), query_run), _run(chunks, visiting, key_run)
             options = {"segment_ids": _pair(query_ids, keys.ids), "query_offset": chunks.length, **settings.options}
-            part = Partial(*flash_attention(queries, keys.k, keys.v, return_lse=True, **options))
-            return _with_run(chunks, seen, query_run, combined(old, part))
+            return Partial(*flash_attention(queries, keys.k, keys.v, return_lse=True, **options))
 
-        return _meanwhile(_for_each_visible(chunks, step, attend, seen), transfers)
+        def merge(seen: Partial, query_run: Run, key_run: Run, part: Partial) -> Partial:
+            del key_run
+            return _with_run(chunks, seen, query_run, combined(_run(chunks, seen, query_run), part))
+
+        pairs = Pairs(attend, Partial(jnp.zeros(()), jnp.full((), -jnp.inf)), merge)
+        return _over_visible(chunks, step, pairs, seen, transfers)
 
     def turn(step: Array, carry: tuple[Partial, Keys]) -> tuple[Partial, Keys]:
         seen, visiting = carry
@@ -124,24 +135,27 @@ def _backward(settings: RingSettings, residuals: tuple[Any, ...], d_out: Array) 
     visiting = _passed_on(chunks, own)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, T, N]
     rows = Rows(q, d_out, lse, delta, ids)
-    total = _local_gradients(settings, rows, own, offset=0)
+    total = _wide(_local_gradients(settings, rows, own, offset=0))
 
     def visit(step: Array | int, visiting: Keys, total: Gradients, transfers: Tree) -> tuple[Gradients, Tree]:
-        # The sums of the keys that visit come from the shard before, while this one computes its own terms.
-        sums = _passed_on(chunks, (total.k, total.v), closed=True)
-        nothing = (jnp.zeros(x.shape, jnp.float32) for x in (visiting.k, visiting.v))
-
-        def add(query_run: Run, key_run: Run, terms: Gradients) -> Gradients:
+        def differentiate(query_run: Run, key_run: Run) -> Gradients:
             pair = _run(chunks, rows, query_run), _run(chunks, visiting, key_run)
-            new = _local_gradients(settings, *pair, offset=chunks.length)
+            return _local_gradients(settings, *pair, offset=chunks.length)
+
+        def add(terms: Gradients, query_run: Run, key_run: Run, new: Gradients) -> Gradients:
             old = Gradients(_run(chunks, terms.q, query_run), *_run(chunks, terms[1:], key_run))
-            new = jax.tree.map(jnp.add, old, new)
+            new = jax.tree.map(jnp.add, old, _wide(new))
             return Gradients(
                 _with_run(chunks, terms.q, query_run, new.q), *_with_run(chunks, terms[1:], key_run, new[1:])
             )
 
-        terms = _for_each_visible(chunks, step, add, Gradients(total.q, *nothing))
-        terms, ((dk, dv), transfers) = _meanwhile(terms, (sums, transfers))
+        # The sums of the keys that visit come from the shard before, while this one computes its own terms.
+        sums = _passed_on(chunks, (total.k, total.v), closed=True)
+        nothing = (jnp.zeros(x.shape, jnp.float32) for x in (visiting.k, visiting.v))
+        pairs = Pairs(differentiate, Gradients(*[jnp.zeros(())] * 3), add)
+        terms, ((dk, dv), transfers) = _over_visible(
+            chunks, step, pairs, Gradients(total.q, *nothing), (sums, transfers)
+        )
         return Gradients(terms.q, dk + terms.k, dv + terms.v), transfers
 
     def turn(step: Array, carry: tuple[Gradients, Keys]) -> tuple[Gradients, Keys]:
@@ -173,22 +187,28 @@ def _meanwhile(results: Results, transfers: Tree) -> tuple[Results, Tree]:
     return lax.optimization_barrier((results, transfers))
 
 
-def _for_each_visible(chunks: Chunks, step: Array | int, body: Callable[[Run, Run, Tree], Tree], carry: Tree) -> Tree:
-    """`carry` after `body(query_run, key_run, carry)` for all runs that see each other, queries of this shard and keys
-    that visit at `step`, from that many shards back. Each sees the other's whole run, since neither is its own.
+def _over_visible(
+    chunks: Chunks, step: Array | int, pairs: Pairs, carry: Results, transfers: Tree
+) -> tuple[Results, Tree]:
+    """`carry` after all runs that see each other: queries of this shard, and keys that visit at `step`, from that many
+    shards back. Each sees the other's whole run, since neither is its own. `transfers` are under way meanwhile.
 
     Keys of an earlier shard: both runs of queries under zigzag see their early run, none sees the late one. Of a later
     shard: late queries see both. Either way the late queries see the early keys, and one other pair is visible.
     """
     before = lax.axis_index(chunks.axis_name) >= step
     if chunks.per_shard == 1:
-        return lax.cond(before, lambda carry: body(0, 0, carry), lambda carry: carry, carry)
+        shapes = jax.eval_shape(pairs.compute, 0, 0)
+        nothing = jax.tree.map(lambda x, value: jnp.full(x.shape, value, x.dtype), shapes, pairs.nothing)
+        part, transfers = _meanwhile(lax.cond(before, lambda: pairs.compute(0, 0), lambda: nothing), transfers)
+        return pairs.add(carry, 0, 0, part), transfers
     depends = jnp.where(before, 0, 1)
 
-    def one(i: Array, carry: Tree) -> Tree:
-        return body(jnp.where(i == 0, depends, 1), jnp.where(i == 0, depends, 0), carry)
+    def one(i: Array, carry: Results) -> Results:
+        runs = jnp.where(i == 0, depends, 1), jnp.where(i == 0, depends, 0)
+        return pairs.add(carry, *runs, pairs.compute(*runs))
 
-    return lax.fori_loop(0, 2, one, carry)
+    return _meanwhile(lax.fori_loop(0, 2, one, carry), transfers)
 
 
 def _run(chunks: Chunks, tree: Tree, number: Run) -> Tree:
@@ -212,7 +232,11 @@ def _local_gradients(settings: RingSettings, rows: Rows, keys: Keys, offset: int
     found = flash_attention_gradients(
         *operands, segment_ids=_pair(rows.ids, keys.ids), query_offset=offset, **settings.options
     )
-    return Gradients(*(x.astype(jnp.float32) for x in found))
+    return Gradients(*found)
+
+
+def _wide(gradients: Gradients) -> Gradients:
+    return Gradients(*(x.astype(jnp.float32) for x in gradients))
 
 
 def _pair(query_ids: Array | None, key_ids: Array | None) -> tuple[Array, Array] | None:
