@@ -16,14 +16,16 @@ from safetensors.numpy import load_file, save_file
 import ministral_jax
 from infer.images import ImageReader, prompt_rows, text_alone
 from ministral_jax import lora
+from ministral_jax.checkpoints.layouts import rotary_heads
 from ministral_jax.checkpoints.save import save_hf, save_mistral
-from ministral_jax.config import VisionConfig
+from ministral_jax.config import LatentAttentionConfig, VisionConfig
 from ministral_jax.errors import CheckpointError, ConfigError
 from ministral_jax.parameters import parameters
 from ministral_jax.patches import FEWEST_PATCHES, pack_images, padded_patches
 from ministral_jax.transformer import Transformer
 from ministral_jax.vision import rotation_2d
 from tests.architecture_files import EXAMPLES, write_example
+from tests.checkpoint_files import tiny_config
 from tests.golden.values import CLOSE
 from tests.golden.vision_models import (
     case_ids,
@@ -231,6 +233,14 @@ def test_the_tower_of_a_quantised_model_stays_dense_and_gets_no_adapters(tmp_pat
     adapted = lora.adapted(model)
     assert "layers.0.attention.wq" in adapted
     assert not [name for name in adapted if not name.startswith("layers.")]
+
+
+def test_the_tower_beside_latent_attention_has_its_rows_reordered_all_the_same() -> None:
+    latent = LatentAttentionConfig(q_rank=8, kv_rank=8, rope_head_dim=8, nope_head_dim=8, v_head_dim=8)
+    config = tiny_config("ministral3", latent=latent, head_dim=16, n_kv_heads=4, vision=tower())
+    assert rotary_heads("layers.0.attention.wq.weight", config) is None
+    assert rotary_heads("vision_encoder.transformer.layers.0.attention.wk.weight", config) == tower().n_heads
+    assert rotary_heads("vision_encoder.transformer.layers.0.attention.wv.weight", config) is None
 
 
 def test_a_mesh_reads_images_as_one_device_does(folders: dict[str, Path], reader: ImageReader) -> None:
