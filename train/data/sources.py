@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from .formats import DataError, RecordKind
 
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
+_VISIBLE = np.array([not bytes([byte]).isspace() for byte in range(256)])
 
 
 @dataclass(frozen=True)
@@ -64,49 +66,54 @@ def _weight(written: str, item: str) -> float:
 
 
 class LineFile:
-    """A jsonl file, its lines by index. Only their places are kept in memory: 24 bytes a line.
+    """A jsonl file, its lines by index. Only their places are kept in memory, 24 bytes a line, and no open file.
 
     Attributes:
         path: of the file.
-        numbers: int64 [lines], the number of each line in the file, from 1; empty lines are left out.
+        numbers: int64 [lines], the number of each line in the file, from 1; lines of white space are left out.
         digest: of the whole content, in hexadecimal.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from error
-        ends = np.concatenate([*self._line_breaks(), [len(self._bytes)]]).astype(np.int64)
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        filled = np.flatnonzero(
-            [self._is_filled(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-        )
-        self._starts, self._ends = starts[filled], ends[filled]
-        self.numbers = filled + 1
-        self.digest = self._digest()
+        digest = hashlib.blake2b(digest_size=16)
+        ends, filled, size, seen = [], [], 0, 0
+        for block in self._blocks():
+            digest.update(block)
+            content = np.frombuffer(block, np.uint8)
+            breaks = np.flatnonzero(content == ord("\n"))
+            visible = np.cumsum(_VISIBLE[content]) + seen  # bytes that are no white space, from the file's beginning
+            ends.append(breaks + size)
+            filled.append(visible[breaks])
+            size, seen = size + len(block), int(visible[-1])
+        ends = np.concatenate([*ends, [size]]).astype(np.int64)
+        visible = np.concatenate([[0], *filled, [seen]])
+        lines = np.flatnonzero(np.diff(visible))
+        self._starts, self._ends = np.concatenate([[0], ends[:-1] + 1])[lines], ends[lines]
+        self.numbers = lines + 1
+        self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> bytes:
         """The line without its line break."""
-        return self._bytes[self._starts[index] : self._ends[index]].tobytes().rstrip(b"\r\n")
+        with self.path.open("rb") as file:
+            return self._read(file, index)
 
     def __iter__(self) -> Iterator[bytes]:
-        return (self[index] for index in range(len(self)))
+        with self.path.open("rb") as file:
+            for index in range(len(self)):
+                yield self._read(file, index)
 
-    def _line_breaks(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self._bytes), _BLOCK):
-            yield np.flatnonzero(self._bytes[start : start + _BLOCK] == ord("\n")) + start
+    def _read(self, file: BinaryIO, index: int) -> bytes:
+        file.seek(int(self._starts[index]))
+        return file.read(int(self._ends[index] - self._starts[index])).rstrip(b"\r\n")
 
-    def _is_filled(self, start: int, end: int) -> bool:
-        """Whether there is more than white space."""
-        return end > start and (bool(self._bytes[start] > ord(" ")) or bool(self._bytes[start:end].tobytes().strip()))
-
-    def _digest(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for start in range(0, len(self._bytes), _BLOCK):
-            digest.update(self._bytes[start : start + _BLOCK].tobytes())
-        return digest.hexdigest()
+    def _blocks(self) -> Iterator[bytes]:
+        try:
+            with self.path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    yield block
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror or error}") from error

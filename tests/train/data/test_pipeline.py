@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -280,3 +281,9 @@ def test_sizes_that_do_not_fit_are_refused(chats, options, reason):
 def test_options_that_are_not_allowed_are_refused(fields):
     with pytest.raises(MinistralError, match=f"data.{next(iter(fields))}"):
         DataConfig(**fields)
+
+
+def test_without_grain_it_says_what_to_install(chats, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(MinistralError, match="needs grain: pip install"):
+        opened(data_config(instruct_data=str(chats)))

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from ministral_jax.errors import MinistralError
+from train.data import sources
 from train.data.sources import LineFile, parse_sources
 
 
@@ -42,9 +43,11 @@ def test_sources_that_cannot_be_meant_are_refused(tmp_path, text, reason):
         parse_sources(text.format(tmp_path))
 
 
-def test_lines_and_their_numbers_are_those_of_splitting_at_line_breaks(tmp_path):
+@pytest.mark.parametrize("block", [1, 3, 1 << 22])
+def test_lines_and_their_numbers_are_those_of_splitting_at_line_breaks(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(sources, "_BLOCK", block)
     draw = random.Random(1)
-    pieces = [b"{}", b" ", b"\n", b"\r\n", b"\t", b'{"a": "\xe4\xbd\xa0"}', b"\n\n", b"\xef\xbb\xbf"]
+    pieces = [b"{}", b" ", b"\n", b"\r\n", b"\t", b"\0", b"\x0b", b'{"a": "\xe4\xbd\xa0"}', b"\n\n", b"\xef\xbb\xbf"]
     for number in range(60):
         content = b"".join(draw.choice(pieces) for _ in range(number % 17))
         path = tmp_path / f"{number}.jsonl"
@@ -53,6 +56,7 @@ def test_lines_and_their_numbers_are_those_of_splitting_at_line_breaks(tmp_path)
         lines = LineFile(path)
         assert len(lines) == len(expected)
         assert list(lines) == [line.rstrip(b"\r\n") for _, line in expected]
+        assert [lines[place] for place in range(len(lines))] == list(lines)
         assert lines.numbers.tolist() == [place for place, _ in expected]
 
 
