@@ -28,8 +28,6 @@ _DRAIN_SECONDS = 2.0  # for what a child of the child still writes
 _READ_BYTES = 64 * 1024
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
-# What C++ writes that nobody needs to read: gloo on stdout, once per device.
-_CHATTER = b"[Gloo] Rank"
 _UNHEALTHY = re.compile(r"tasks are unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)")
 _COORDINATOR_GONE = "Failed to send RPC to coordination service"
 
@@ -37,9 +35,10 @@ _COORDINATOR_GONE = "Failed to send RPC to coordination service"
 def supervise(coordinator: str, processes: int, process_id: int) -> None:
     """Forks. Returns in the child, which goes on; the parent ends when the child has, with its exit code.
 
-    What the child writes to file descriptors 1 and 2 from C++ comes through the parent, to stderr. Python's stdout and
-    stderr are the real ones in process 0; in the others stdout is void and stderr comes through the parent too, each
-    line marked with the process it is from.
+    Python's stdout and stderr stay the real ones in process 0; in the others stdout is void and stderr comes through
+    the parent, each line marked with the process it is from. What native code writes to stderr comes through the
+    parent as well. What it writes to stdout is dropped: gloo says there of every device how many it is connected to
+    (for the log of NCCL there is NCCL_DEBUG_FILE).
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -93,8 +92,10 @@ def _take_streams(writing: int, *, speaks: bool) -> None:
         )
     else:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    os.dup2(writing, 1)
+    void = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(void, 1)
     os.dup2(writing, 2)
+    os.close(void)
     os.close(writing)
 
 
@@ -105,9 +106,8 @@ def _stand_over(child: int, reading: int, coordinator: str, processes: int, proc
     mark = f"[process {process_id}] ".encode() if process_id else b""
     kept = b""
     for line in _lines(reading, child):
-        if not line.startswith(_CHATTER):
-            kept = (kept + line)[-_KEPT_BYTES:]
-            _write(mark + line)
+        kept = (kept + line)[-_KEPT_BYTES:]
+        _write(mark + line)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:

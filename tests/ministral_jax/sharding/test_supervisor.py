@@ -66,7 +66,8 @@ def test_the_first_process_speaks_and_the_chatter_of_native_code_stays_off_stdou
         print("answer")
         print("a note", file=sys.stderr)
         sys.stdout.flush()
-        os.write(1, b"[Gloo] Rank 3 is connected to 7 peer ranks.\\nnative words\\n")
+        os.write(1, b"[Gloo] Rank 3 is connected to 7 peer ranks.\\n")
+        os.write(2, b"native words\\n")
         sys.exit(7)
     """
     out, err = (process := supervised(body)).communicate(timeout=20)
