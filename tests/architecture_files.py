@@ -167,6 +167,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "mistral": lambda: make(tiny_config("mistral")),
     "mistral_window": lambda: make(tiny_config("mistral_window")),
     "ministral": lambda: make(tiny_config("ministral")),
+    "ministral3": lambda: make(tiny_config("ministral3")),
     "ministral3_tied": lambda: make(tiny_config("ministral3_tied")),
     "wide_heads": lambda: make(tiny_config("wide_heads")),
     "mixtral": lambda: make(MIXTRAL),

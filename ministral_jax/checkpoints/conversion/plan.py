@@ -200,7 +200,7 @@ def _config_documents(
         return {PEFT_CONFIG: document}, kept
     layout = source_layout(source) if to == "orbax" else _layout(to)
     try:
-        document = _document(config, layout, dtype, source)
+        document = config_document(config, layout, source, dtype)
     except ConfigError as problem:
         raise ConfigError(f"{source.folder}: {problem}") from None
     if settings is not None:
@@ -213,7 +213,10 @@ def source_layout(source: Checkpoint) -> Layout:
     return "mistral" if (source.folder / CONFIG_FILE_NAMES["mistral"]).is_file() else "hf"
 
 
-def _document(config: ModelConfig, layout: Layout, dtype: Dtype | None, source: Checkpoint) -> dict[str, Any]:
+def config_document(
+    config: ModelConfig, layout: Layout, source: Checkpoint, dtype: Dtype | None = None
+) -> dict[str, Any]:
+    """The config file of `layout`; an HF one that is new names the dtype of most dense weights of `source`."""
     document = params_from_config(config) if layout == "mistral" else hf_from_config(config)
     if layout == "hf" and "hf" not in config.extra:
         stored = Counter[str]()

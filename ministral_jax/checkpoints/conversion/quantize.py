@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...config import ModelConfig, QuantizationConfig
-from ...config_files import CONFIG_FILE_NAMES, Layout, hf_from_config, params_from_config
+from ...config_files import CONFIG_FILE_NAMES, Layout
 from ...config_files.json_file import write_json
 from ...config_files.quantization_block import NF4_METHOD
 from ...errors import CheckpointError, NotYetError
@@ -35,7 +35,7 @@ from .canonical import Tensor
 from .manifest import FileRecord
 from .opening import Checkpoint, open_checkpoint
 from .pieces import DTYPES, Pieces
-from .plan import HF_SHARD_BYTES, carried_files
+from .plan import HF_SHARD_BYTES, carried_files, config_document
 from .staging import Notes, Staging, file_identities, notes_if_published, require_free
 
 Progress = Callable[[int, int], object]
@@ -231,7 +231,7 @@ class _Job:
 
     def _config_document(self) -> dict[str, Any]:
         config = dataclasses.replace(self.source.config, quantization=self._quantization())
-        return params_from_config(config) if self.layout == "mistral" else hf_from_config(config)
+        return config_document(config, self.layout, self.source)
 
     def _quantization(self) -> QuantizationConfig:
         return quantization_config(self.stored, self.layout, self.source.config)

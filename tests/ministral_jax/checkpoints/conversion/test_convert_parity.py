@@ -27,6 +27,7 @@ TEXT = {
     "mistral": "MistralForCausalLM",
     "mistral_window": "MistralForCausalLM",
     "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "ministral3_tied": "Ministral3ForCausalLM",
     "wide_heads": "MistralForCausalLM",
 }

@@ -86,7 +86,9 @@ def test_compressed_tensors_go_into_hf(tmp_path):
     tensors = tensors_of(tmp_path / "out" / "model.safetensors")
     assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 1)
     assert tensors["model.embed_tokens.weight"].dtype.name == "bfloat16"
-    block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    document = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert document["dtype"] == "bfloat16"
+    block = document["quantization_config"]
     assert (block["quant_method"], block["format"]) == ("compressed-tensors", "int-quantized")
     assert block["ignore"] == ["lm_head"]
 
