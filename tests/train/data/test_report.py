@@ -67,6 +67,23 @@ def test_the_sample_shows_what_is_trained(tmp_path):
     assert report.sample == [(before, False), ("Blue.</s>", True)]
 
 
+def test_line_numbers_count_blank_lines_too(tmp_path):
+    path = written(tmp_path / "a.jsonl", TEXT, "", "  ", BAD, "", BAD)
+    report = validate(parse_sources(str(path)), tokenizer(KIND), DataConfig())
+    assert [problem.line for problem in report.problems] == [4, 6]
+
+
+@pytest.mark.parametrize(("value", "found"), [("NaN", "nan"), ("-Infinity", "-inf"), ("1e999", "inf")])
+def test_numbers_that_are_no_json_are_told_wherever_they_stand(tmp_path, value, found):
+    schema = {"type": "object", "properties": {"town": {"default": "?"}}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    line = json.dumps({**TOOLS, "tools": [TOOLS["tools"][0], tool]}).replace('"?"', value)
+    path = written(tmp_path / "a.jsonl", line)
+    (problem,) = validate(parse_sources(str(path)), tokenizer(KIND), DataConfig()).problems
+    assert problem.field == "tools[1].function.parameters.properties.town.default"
+    assert (problem.kind, problem.found) == ("json", found)
+
+
 def test_without_a_tokenizer_the_shape_of_lines_is_checked_and_no_token_counted(tmp_path):
     path = written(tmp_path / "a.jsonl", *EVERY_VERSION.values(), BAD)
     report = validate(parse_sources(str(path)), None, DataConfig(), seq_len=8)
