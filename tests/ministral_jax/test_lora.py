@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from ministral_jax.errors import ConfigError, MinistralError
+from ministral_jax.feed_forward import FeedForward
 from ministral_jax.linear import Linear, LowRank, projections
 from ministral_jax.lora import (
     PROJECTIONS,
@@ -40,33 +41,39 @@ def drawn(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def filled(kind="mistral_window", **changes):
-    return initialize(Transformer(tiny_config(kind, n_layers=2, **changes)), jax.random.key(3), std=0.3)
+def abstract(kind="mistral_window"):
+    return Transformer(tiny_config(kind, n_layers=2))
 
 
-def run(model):
-    """Logits of TOKENS, compiled."""
-    graph, state = nnx.split(model)
-    return np.asarray(jax.jit(lambda state: nnx.merge(graph, state)(TOKENS))(state))
+def filled(model):
+    """The model with wide random values, adapters among them, B as well."""
+    random = np.random.default_rng(3)
+    return fill(model, lambda name, spec: jnp.asarray(0.3 * random.standard_normal(spec.shape), spec.dtype))
 
 
-def with_wide_adapters(model, config=None, seed=1):
-    attach(model, config or LoraConfig(rank=RANK, scaling=SCALE))
-    specs = parameter_specs(model)
-    random = np.random.default_rng(seed)
-    return fill(
-        model,
-        lambda name, spec: (
-            jnp.asarray(0.3 * random.standard_normal(spec.shape), jnp.float32)
-            if specs[name].adapter
-            else parameters_but_adapters(model)[name]
-        ),
-    )
+class Small(nnx.Module):
+    """Two feed-forwards in a row, in the places of a decoder: all that an adapter needs to be seen at work."""
+
+    def __init__(self):
+        self.layers = nnx.List([nnx.Dict(feed_forward=FeedForward(IN, OUT, jnp.float32)) for _ in range(2)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = x + layer.feed_forward(x)
+        return x
 
 
-def parameters_but_adapters(model):
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat if not isinstance(leaf, AdapterParam)}
+X = jnp.asarray(np.random.default_rng(8).standard_normal((5, IN)), jnp.float32)
+
+
+def small(config=None):
+    model = Small()
+    if config is not None:
+        attach(model, config)
+    return filled(model)
+
+
+WIDE = LoraConfig(rank=RANK, scaling=SCALE)
 
 
 def projection(stored=None, dtype=jnp.float32, dropout=0.0):
@@ -115,36 +122,36 @@ def test_in_bfloat16_the_sum_is_rounded_once():
 
 
 def test_new_adapters_change_nothing_and_begin_as_kaiming_uniform():
-    model = filled()
-    before = run(model)
+    model = small()
+    before = np.asarray(model(X))
     attach(model, LoraConfig(rank=RANK))
     initialize_adapters(model, jax.random.key(5))
-    np.testing.assert_allclose(run(model), before, rtol=0, atol=1e-6 * np.ptp(before))
+    np.testing.assert_array_equal(model(X), before)
     for linear in adapted(model).values():
         a, bound = np.asarray(linear.lora_a[...]), linear.shape[1] ** -0.5
         assert not np.any(np.asarray(linear.lora_b[...]))
         assert a.shape == (RANK, linear.shape[1])
         assert 0.9 * bound < np.abs(a).max() <= bound
         assert np.isclose(a.std(), bound / 3**0.5, rtol=0.15)
-    drawn_again = filled()
-    attach(drawn_again, LoraConfig(rank=RANK, targets=("wq",)))
-    initialize_adapters(drawn_again, jax.random.key(5))
-    for name, array in adapter_parameters(drawn_again).items():  # by its own name, whatever else there is
+    again = small()
+    attach(again, LoraConfig(rank=RANK, targets=("w2",)))
+    initialize_adapters(again, jax.random.key(5))
+    for name, array in adapter_parameters(again).items():  # by its own name, whatever else there is
         np.testing.assert_array_equal(array, adapter_parameters(model)[name])
-    arrays = [np.asarray(linear.lora_a[...]) for linear in adapted(model).values() if linear.shape[1] == 64]
-    assert len({array.tobytes() for array in arrays}) == len(arrays)
+    drawn_a = [np.asarray(linear.lora_a[...]).tobytes() for linear in adapted(model).values()]
+    assert len(set(drawn_a)) == len(drawn_a) == 6
 
 
 def test_a_whole_model_is_drawn_with_its_adapters():
-    model = Transformer(tiny_config(n_layers=1))
+    model = Small()
     attach(model, LoraConfig(rank=RANK))
-    model = initialize(model, jax.random.key(0))
-    assert not np.any(np.asarray(parameters(model)["layers.0.attention.wq.lora_b"]))
-    assert np.any(np.asarray(parameters(model)["layers.0.attention.wq.lora_a"]))
+    drawn_now = parameters(initialize(model, jax.random.key(0)))
+    assert not np.any(np.asarray(drawn_now["layers.0.feed_forward.w1.lora_b"]))
+    assert np.any(np.asarray(drawn_now["layers.0.feed_forward.w1.lora_a"]))
 
 
 def test_adapters_are_parameters_of_their_own_kind_with_axes():
-    model = filled()
+    model = abstract()
     attach(model, LoraConfig(rank=RANK))
     specs = parameter_specs(model)
     assert specs["layers.1.attention.wk.lora_a"].axes == ("rank", "embed")
@@ -159,7 +166,7 @@ def test_adapters_are_parameters_of_their_own_kind_with_axes():
 
 @pytest.mark.parametrize("targets", [("wq",), ("q_proj", "w2", "up_proj"), PROJECTIONS])
 def test_only_what_is_targeted_is_adapted(targets):
-    model = filled()
+    model = abstract()
     attach(model, LoraConfig(targets=targets))
     ours = {"q_proj": "wq", "up_proj": "w3"}
     assert {name.rsplit(".", 1)[1] for name in adapted(model)} == {ours.get(target, target) for target in targets}
@@ -168,8 +175,8 @@ def test_only_what_is_targeted_is_adapted(targets):
 def test_modules_of_the_same_names_outside_the_decoder_are_left_alone():
     class WithTower(nnx.Module):
         def __init__(self):
-            self.vision_encoder = filled()
-            self.layers = filled().layers
+            self.vision_encoder = abstract()
+            self.layers = abstract().layers
 
     model = WithTower()
     attach(model, LoraConfig())
@@ -224,7 +231,7 @@ def test_a_value_that_is_not_allowed_is_named(fields, named):
 
 
 def test_a_second_adapter_and_an_absent_target_are_refused():
-    model = filled()
+    model = abstract()
     attach(model, LoraConfig(targets=("wq",)))
     with pytest.raises(MinistralError, match="has an adapter already"):
         attach(model, LoraConfig())
@@ -242,34 +249,36 @@ def test_a_second_adapter_and_an_absent_target_are_refused():
 
 
 def test_without_adapters_is_the_base_around_the_same_arrays():
-    base = filled()
-    before = run(base)
-    model = with_wide_adapters(base)
-    changed = run(model)
+    model = small(WIDE)
+    changed = np.asarray(model(X))
     bare = without_adapters(model)
+    weights = {name: array for name, array in parameters(model).items() if "lora" not in name}
+    before = np.asarray(fill(Small(), weights)(X))
     assert np.abs(changed - before).max() > 0.1 * np.ptp(before)
-    np.testing.assert_array_equal(run(bare), before)
-    np.testing.assert_array_equal(run(model), changed)
-    assert parameters(bare).keys() == {name for name in parameters(model) if "lora" not in name}
-    assert all(array is parameters(model)[name] for name, array in parameters(bare).items())
+    np.testing.assert_array_equal(bare(X), before)
+    np.testing.assert_array_equal(model(X), changed)
+    assert parameters(bare).keys() == weights.keys()
+    assert all(array is weights[name] for name, array in parameters(bare).items())
     graph, state = nnx.split(model)
-    traced = jax.jit(lambda state: without_adapters(nnx.merge(graph, state))(TOKENS))(state)
+    traced = jax.jit(lambda state: without_adapters(nnx.merge(graph, state))(X))(state)
     np.testing.assert_allclose(traced, before, rtol=0, atol=1e-5 * np.ptp(before))
 
 
+def by_name(state):
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
 def test_gradients_are_those_of_the_sum_of_both_products():
-    model = with_wide_adapters(filled())
-    direction = jnp.asarray(drawn(*TOKENS.shape, 128, seed=9))
+    model, direction = small(WIDE), jnp.asarray(drawn(5, IN, seed=9))
     graph, adapters, rest = nnx.split(model, AdapterParam, ...)
-    found = jax.jit(jax.grad(lambda adapters: jnp.sum(direction * nnx.merge(graph, adapters, rest)(TOKENS))))(adapters)
+    found = by_name(jax.grad(lambda part: jnp.sum(direction * nnx.merge(graph, part, rest)(X)))(adapters))
     merged = without_adapters(model)
     for name, linear in adapted(model).items():
         total = linear.weight[...] + SCALE * linear.lora_b[...] @ linear.lora_a[...]
         projections(merged)[name].weight = linear.weight.replace(total)
     graph, weights = nnx.split(merged)
-    dense = jax.jit(jax.grad(lambda weights: jnp.sum(direction * nnx.merge(graph, weights)(TOKENS))))(weights)
-    dense = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(dense)}
-    found = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(found)}
+    dense = by_name(jax.grad(lambda weights: jnp.sum(direction * nnx.merge(graph, weights)(X)))(weights))
+    assert len(found) == 12
     for name, linear in adapted(model).items():
         gradient = dense[f"{name}.weight"]
         for part, expected in (
@@ -301,36 +310,24 @@ def test_dropout_drops_its_share_before_a_and_nothing_of_the_base():
     np.testing.assert_array_equal(linear(x), quiet)
 
 
-def test_every_projection_and_every_layer_of_a_stack_drops_for_itself():
-    model = with_wide_adapters(filled("mistral"), LoraConfig(rank=RANK, dropout=0.5))
-    stacked = StackedTransformer(model)
-    quiet = np.asarray(stacked.hidden(TOKENS))
-    set_dropout_keys(stacked, jax.random.key(0))
-    keys = [np.asarray(jax.random.key_data(linear.dropout_key[...])) for linear in adapted(stacked).values()]
-    assert all(key.shape[0] == 2 for key in keys)
-    flat = np.concatenate(keys)
-    assert len(np.unique(flat, axis=0)) == len(flat) == 14
-    graph, state = nnx.split(stacked)
-    hidden = jax.jit(lambda state: nnx.merge(graph, state).hidden(TOKENS))
-    dropped = np.asarray(hidden(state))
-    assert np.abs(dropped - quiet).max() > 0.1
-    np.testing.assert_array_equal(hidden(state), dropped)
-
-
-def test_a_step_can_set_its_own_keys_inside_jit():
-    model = with_wide_adapters(filled("mistral"), LoraConfig(rank=RANK, dropout=0.5))
-    graph, state = nnx.split(StackedTransformer(model))
+def test_a_step_sets_keys_of_its_own_for_every_projection_and_layer_of_a_stack():
+    model = abstract("mistral")
+    attach(model, LoraConfig(rank=RANK, dropout=0.5))
+    graph, state = nnx.split(StackedTransformer(filled(model)))
 
     @jax.jit
     def step(state, key):
         merged = nnx.merge(graph, state)
         set_dropout_keys(merged, key)
-        return merged.hidden(TOKENS), without_adapters(merged).hidden(TOKENS)
+        keys = [jax.random.key_data(linear.dropout_key[...]) for linear in adapted(merged).values()]
+        return merged.hidden(TOKENS), without_adapters(merged).hidden(TOKENS), jnp.concatenate(keys)
 
-    first, base = step(state, jax.random.key(0))
-    second, same = step(state, jax.random.key(1))
+    first, base, keys = step(state, jax.random.key(0))
+    second, same, _ = step(state, jax.random.key(1))
     assert np.abs(np.asarray(first) - np.asarray(second)).max() > 0.1
     np.testing.assert_array_equal(base, same)
+    np.testing.assert_array_equal(step(state, jax.random.key(0))[0], first)
+    assert len(np.unique(keys, axis=0)) == len(keys) == 14
 
 
 def test_config_fields_are_frozen():
