@@ -173,6 +173,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     "mixtral": lambda: make(MIXTRAL),
     "small_4": lambda: make(SMALL_4),
     "vision": lambda: make(_WITH_VISION),
+    "vision_tied": lambda: make(dataclasses.replace(_WITH_VISION, tied_embeddings=True)),
     "vision_fp8": lambda: make(_quantised(_WITH_VISION, "fp8_tensor", "static", _FP8), fp8_static),
     "fp8_block": lambda: make(_quantised(tiny_config("ministral3"), "fp8_block", "dynamic", FP8_BLOCK), fp8_block),
     "int8": lambda: make(_quantised(tiny_config("mistral"), "int8_channel", "dynamic", INT8), int8),
