@@ -21,10 +21,13 @@ host other rows than that share, open the data with the defaults of both (one pr
 Evaluation is the same call with `config.for_evaluation()`: unshuffled, one pass, and the last batch is filled up
 with empty rows of weight 0. `epochs=N` ends likewise; without epochs there is always a next batch.
 
+A trainer's YAML file gives both configs: `data_configs(its data section)` of run_file.py.
+
 Preference pairs come from `open_pairs`, which takes the same arguments and gives `PairBatch(chosen, rejected)`.
 
 The files: config.py (options), formats.py and messages.py (what a line may say), tokens.py and call_ids.py (ids and
 which of them are trained), sources.py (files and lines), packing.py and batches.py (rows and arrays), order.py
 (which line comes when; the one place that needs Grain), pipeline.py (all of it in a row), preferences.py (pairs),
+run_file.py (YAML),
 report.py (what `ministral data validate` finds), reshape.py (other people's formats).
 """

@@ -25,27 +25,36 @@ NO_SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"type"
 CALLING = [kind for kind in KINDS if version_number(kind) >= 3]
 
 
+def parts(texts: list[str]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
 @st.composite
-def conversations(draw: st.DrawFn, tools: bool) -> dict[str, Any]:
-    """A line with one to three exchanges, each maybe with a call and its result in between."""
+def conversations(draw: st.DrawFn, kind: str, tools: bool) -> dict[str, Any]:
+    """A line with one to three exchanges: text whole or in parts, calls and their results, reasoning from v13 on."""
+    contents = TEXTS | st.lists(TEXTS, min_size=1, max_size=2).map(parts)
     messages: list[dict[str, Any]] = []
-    if draw(st.booleans()):
-        messages.append({"role": "system", "content": draw(TEXTS)})
-    exchanges = draw(st.integers(1, 3))
-    for number in range(exchanges):
-        messages += [{"role": "user", "content": draw(TEXTS)} for _ in range(draw(st.integers(1, 2)))]
+    for _ in range(draw(st.integers(0, 2))):
+        messages.append({"role": "system", "content": draw(contents)})
+    for number in range(draw(st.integers(1, 3))):
+        messages += [{"role": "user", "content": draw(contents)} for _ in range(draw(st.integers(1, 2)))]
         if tools and draw(st.booleans()):
             ids = [f"call{number}{place:04d}" for place in range(draw(st.integers(1, 2)))]
             arguments = json.dumps({"id": draw(TEXTS), "é": [1, {}]}, ensure_ascii=False)
             calls = [{"id": name, "function": {"name": "weather", "arguments": arguments}} for name in ids]
-            messages.append({"role": "assistant", "tool_calls": calls})
+            said = {"content": draw(TEXTS)} if version_number(kind) >= 7 and draw(st.booleans()) else {}
+            messages.append({"role": "assistant", "tool_calls": calls} | said)
             messages += [{"role": "tool", "tool_call_id": name, "content": draw(TEXTS)} for name in ids]
-        messages.append({"role": "assistant", "content": draw(TEXTS), "weight": draw(st.sampled_from([0, 1, 1]))})
+        answer = draw(contents)
+        if version_number(kind) >= 13 and draw(st.booleans()):
+            answer = [{"type": "thinking", "thinking": draw(TEXTS), "closed": True}, *parts([draw(TEXTS)])]
+        messages.append({"role": "assistant", "content": answer, "weight": draw(st.sampled_from([0, 1, 1]))})
     if tools and draw(st.booleans()):
         last = {"id": "lastcall1", "function": {"name": "weather", "arguments": "{}"}}
         messages[-1] = {"role": "assistant", "tool_calls": [last]}
     messages[-1]["weight"] = 1
-    return {"messages": messages, **({"tools": TOOLS["tools"]} if tools else {})}
+    effort = {"reasoning_effort": "high"} if version_number(kind) == 15 and draw(st.booleans()) else {}
+    return {"messages": messages, **({"tools": TOOLS["tools"]} if tools else {}), **effort}
 
 
 def one_shot(kind: str, line: dict[str, Any]) -> list[int]:
@@ -72,7 +81,10 @@ def one_shot(kind: str, line: dict[str, Any]) -> list[int]:
             ]
             messages.append(AssistantMessage(content=content, tool_calls=calls or None))
     tools = [Tool(function=Function(**tool["function"])) for tool in line.get("tools", ())] or None
-    return theirs.encode_chat_completion(ChatCompletionRequest(messages=messages, tools=tools)).tokens
+    effort = line.get("reasoning_effort")
+    return theirs.encode_chat_completion(
+        ChatCompletionRequest(messages=messages, tools=tools, reasoning_effort=effort)
+    ).tokens
 
 
 def encoded(kind: str, line: dict[str, Any], **options: Any) -> Sample:
@@ -99,7 +111,7 @@ def turns(kind: str, ids: list[int]) -> list[slice]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_the_one_shot_encoding_for_fine_tuning(kind):
     @settings(max_examples=12, deadline=None, derandomize=True)
-    @given(conversations(tools=version_number(kind) >= 3))
+    @given(conversations(kind, tools=version_number(kind) >= 3))
     def check(line: dict[str, Any]) -> None:
         for message in line["messages"]:
             message.pop("weight", None)
@@ -111,7 +123,7 @@ def test_ids_equal_the_one_shot_encoding_for_fine_tuning(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if version_number(kind) >= 2])
 def test_weighted_assistant_turns_with_their_eos_are_trained_and_nothing_else(kind):
     @settings(max_examples=12, deadline=None, derandomize=True)
-    @given(conversations(tools=False))
+    @given(conversations(kind, tools=False))
     def check(line: dict[str, Any]) -> None:
         sample = encoded(kind, line)
         expected = np.zeros(len(sample.ids))
@@ -167,6 +179,15 @@ def test_conversations_without_tools_train_all_answers_under_either_rule():
     line = {"messages": [{**message, "weight": 1} for message in CHAT["messages"]]}
     both = [encoded("tiny-v13", line, tools_trained=rule) for rule in ("all", "last")]
     assert both[0].weights.tolist() == both[1].weights.tolist()
+
+
+def test_neighbouring_answers_are_one_turn_unless_their_weights_differ():
+    for weight, texts in ((0, ["b</s>"]), (1, ["a\n\nb</s>"])):
+        answers = [{"role": "assistant", "content": "a", "weight": weight}, {"role": "assistant", "content": "b"}]
+        sample = encoded("tiny-v13", {"messages": [{"role": "user", "content": "q"}, *answers]})
+        trained = tokenizer("tiny-v13").decode(sample.ids[sample.weights > 0].tolist(), keep_special=True)
+        assert [trained] == texts
+        assert len(turns("tiny-v13", sample.ids.tolist())) == 1
 
 
 def test_thinking_is_trained_with_its_markers():
