@@ -1,0 +1,57 @@
+"""The state of a training run on disk, by orbax: each device writes and reads its shards, on this mesh or another.
+
+A checkpoint that was not finished is never loaded: orbax writes to a temporary name and renames. What else a run goes
+on from (its data's place, its configuration) is not kept here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ministral_jax.errors import CheckpointError
+
+from .step import TrainState
+
+
+def save_state(folder: Path, state: TrainState) -> None:
+    """Writes what is trained, its moments, the step and the key to `folder`, which must not exist; waits for the disk.
+
+    Frozen parameters are those of the base model, and are not written.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists: expected a new folder for a checkpoint")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), _kept(state))
+
+
+def restore_state(folder: Path, like: TrainState) -> TrainState:
+    """The state in `folder`, in the places of `like`: a state of arrays or of their shapes, with arrays as `frozen`.
+
+    The mesh need not be the one it was written on. Raises CheckpointError where the folder is no finished checkpoint,
+    or one of other parameters.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no checkpoint there")
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            found = checkpointer.restore(folder.absolute(), jax.tree.map(_struct, _kept(like)))
+        except (ValueError, KeyError, FileNotFoundError, TypeError) as problem:
+            reason = str(problem).strip().splitlines()[0][:200]
+            raise CheckpointError(f"{folder}: cannot be restored as this run's state ({reason})") from problem
+    key = jax.random.wrap_key_data(found.pop("key"))
+    return TrainState(frozen=like.frozen, key=key, **found)
+
+
+def _kept(state: TrainState) -> dict[str, Any]:
+    """What is written; keys as their numbers."""
+    is_abstract = isinstance(state.key, jax.ShapeDtypeStruct)
+    key = jax.eval_shape(jax.random.key_data, state.key) if is_abstract else jax.random.key_data(state.key)
+    return {"trained": state.trained, "moments": state.moments, "step": state.step, "key": key}
+
+
+def _struct(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
