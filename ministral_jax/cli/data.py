@@ -74,7 +74,13 @@ class _Plan:
 
 
 def add_command(commands: Commands) -> None:
-    parser = new_command(commands, "data", "check and convert training data", _DESCRIPTION, _VALIDATE_EXAMPLE)
+    parser: argparse.ArgumentParser = commands.add_parser(  # --debug belongs to the actions
+        "data",
+        help="check and convert training data",
+        description=_DESCRIPTION,
+        epilog="`ministral data ACTION --help` shows an action's options and an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
     _add_validate(actions)
     _add_convert(actions)

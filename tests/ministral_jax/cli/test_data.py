@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ministral_jax.cli import main
+from ministral_jax.cli import build_parser, main
 from ministral_jax.config_files import read_config
 from ministral_jax.memory import count_parameters
 from tests.tokenizers import shipped_file
@@ -118,3 +118,8 @@ def test_what_is_not_there_is_one_line(arguments, code, tmp_path, monkeypatch, c
 def test_rows_without_a_tokenizer_are_wrong_usage(chats, capsys):
     assert main(["data", "validate", str(chats), "--seq-len", "8"]) == 2
     assert "--model or --tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", [("validate", "a"), ("convert", "a", "b")])
+def test_no_action_hides_debug(action):
+    assert build_parser().parse_args(["data", *action, "--debug"]).debug
