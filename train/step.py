@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ministral_jax.errors import ConfigError
+from ministral_jax.errors import ConfigError, ShardingError
 from ministral_jax.lora import set_dropout_keys
 from ministral_jax.parameters import ParameterSpec, fill, parameter_specs, parameters
 from ministral_jax.stacked import StackedTransformer
@@ -27,7 +27,7 @@ from .data.batches import Batch
 from .loss import cross_entropy
 from .optimizer import Optimizer
 
-Arrays = dict[str, jax.Array]
+Arrays = dict[str, Any]  # name -> array, or the shape of one
 BATCH_AXES = (None, "batch", "sequence")  # logical axes of each array of a step's batch, [A, B, T]
 
 
@@ -39,8 +39,8 @@ class TrainState:
     trained: Arrays
     frozen: Arrays
     moments: optax.OptState
-    step: Int[Array, ""]
-    key: Array
+    step: Any  # int32 []
+    key: Any
 
 
 class Metrics(NamedTuple):
@@ -94,6 +94,7 @@ class TrainStep:
         self._chunk = chunk
         # Arrays that come from the host, and results, lie where the layout says; the rest is there already.
         shardings: dict[str, Any] = {}
+        loss_shardings: dict[str, Any] = {}
         if self.layout is not None:
             kept = (self._placed(self.trained_specs), self._moment_shardings(), self.layout.sharding())
             batch = self.layout.sharding(BATCH_AXES)
@@ -102,10 +103,12 @@ class TrainStep:
                 "in_shardings": (*kept, frozen, self.layout.sharding(), batch),
                 "out_shardings": (*kept, self.layout.sharding()),
             }
+            rows = self.layout.sharding(BATCH_AXES[1:])
+            loss_shardings = {"in_shardings": (kept[0], frozen, rows), "out_shardings": self.layout.sharding()}
         self._compiled = jax.jit(
             self._step, donate_argnums=(0, 1, 2), compiler_options=dict(options or {}), **shardings
         )
-        self._compiled_loss = jax.jit(self._evaluated, compiler_options=dict(options or {}))
+        self._compiled_loss = jax.jit(self._evaluated, compiler_options=dict(options or {}), **loss_shardings)
 
     def initial_state(self, model: StackedTransformer, key: jax.Array) -> TrainState:
         """The state before the first step. It takes over the arrays of a filled model, the trained ones as float32."""
@@ -153,6 +156,7 @@ class TrainStep:
 
     def evaluate(self, state: TrainState, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Sum of the weighted losses of a batch [B, T], and of its weights; without dropout."""
+        self._require_rows_divide(batch.tokens.shape[0])
         return self._compiled_loss(state.trained, state.frozen, batch)
 
     def model(self, trained: Mapping[str, Array], frozen: Mapping[str, Array], key: Array | None) -> StackedTransformer:
@@ -162,7 +166,15 @@ class TrainStep:
         set_dropout_keys(model, key)
         return model
 
+    def _require_rows_divide(self, rows: int) -> None:
+        if self.layout is not None and rows % (ways := self.layout.ways("batch")):
+            raise ShardingError(
+                f"a batch of {rows} rows does not divide over {' x '.join(self.layout.along('batch'))}={ways}: "
+                f"expected a multiple of {ways} rows in each microbatch"
+            )
+
     def _arguments(self, state: TrainState, batch: Batch) -> tuple[Any, ...]:
+        self._require_rows_divide(batch.tokens.shape[1])
         return state.trained, state.moments, state.step, state.frozen, state.key, batch
 
     def _placed(self, specs: Mapping[str, ParameterSpec]) -> dict[str, jax.sharding.NamedSharding]:

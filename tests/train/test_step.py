@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ministral_jax.config import Window
-from ministral_jax.errors import ConfigError
+from ministral_jax.errors import ConfigError, ShardingError
 from ministral_jax.linear import projections
 from ministral_jax.lora import LoraConfig
 from ministral_jax.parameters import ParameterSpec, fill, parameters
@@ -224,6 +224,13 @@ def test_quantised_weights_without_adapters_are_refused() -> None:
         projection.store_as(LinearFormat("int8_channel"))
     with pytest.raises(ConfigError, match="quantised and cannot be trained: train adapters, or load a dense model"):
         trained_specs(StackedTransformer(model))
+
+
+def test_rows_that_do_not_divide_over_the_mesh_are_refused() -> None:
+    layout = layout_for(model_of().config, make_mesh("data=2,fsdp=4"))
+    step = stepper(model_of(layout=layout))
+    with pytest.raises(ShardingError, match="a batch of 6 rows does not divide over data x fsdp=8: expected"):
+        step.lower(*step.shapes(1, 6, LENGTH))
 
 
 def two_batches() -> list[Batch]:
