@@ -174,7 +174,9 @@ def _cache(row: Row, config: ModelConfig, layout: Layout) -> tuple[PagedCache, t
 
     def placed(pools: tuple[Any, ...]) -> tuple[Any, ...]:
         shardings = [layout.sharding(pool_axes(config, window)) for window in config.windows]
-        return tuple(Struct(x.shape, x.dtype, sharding=s) for x, s in zip(pools, shardings, strict=True))
+        return tuple(
+            None if x is None else Struct(x.shape, x.dtype, sharding=s) for x, s in zip(pools, shardings, strict=True)
+        )
 
     cache = PagedCache(placed(cache.keys), placed(cache.values), cache.group_of_layer)
     tables = tuple(_rows_of(layout, Struct((row.batch, plan.table_width), jnp.int32)) for _ in plan.groups)

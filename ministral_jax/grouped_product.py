@@ -1,9 +1,10 @@
 """Products of rows with the matrix of the expert that each row goes to. Knows arrays; routing is moe.py's.
 
 Rows are sorted by expert; `group_sizes[e]` of them go to expert e, and the work follows that number, not the number of
-experts. On a TPU `jax.lax.ragged_dot` is a kernel that visits each group's own tiles. On CPU and GPU XLA expands it to
-every row times every expert, so there a loop takes a block of rows of one expert at a time. The same loop serves
-weights that are not one array: quantised ones, with or without an adapter.
+experts. On a TPU that is jax's megablox kernel, which reads `[out, in]` matrices as they lie; XLA's own lowering of
+`jax.lax.ragged_dot` has as many operations but copies all experts to `[in, out]` first. On CPU and GPU XLA expands
+ragged_dot to every row times every expert, so there a loop takes a block of rows of one expert at a time. The same loop
+serves weights that are not one array, on every platform: quantised ones, with or without an adapter.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import target
 
-Implementation = Literal["auto", "ragged", "blocks"]
+Implementation = Literal["auto", "kernel", "blocks"]
 # What one expert does with rows: (its trained weights, its frozen weights, rows [R, I]) -> rows [R, O].
 Apply = Callable[[Any, Any, Array], Array]
 
 # A block is at most this many rows: enough for a matrix unit, few beside what a group is filled up to.
 MAX_ROWS = 128
+# Up to about so many rows, a product of a matrix costs reading it: measured on a CPU, a tile on a TPU.
+READ_ONCE_ROWS = 16
 # Up to this many experts the loop has a branch for each, in which XLA reads that expert's matrices where they lie; more
 # branches compile too long, and a slice at a computed index is copied first (on a CPU 3 times the time of one token).
 MAX_BRANCHES = 16
 
-_ROWS_TO_MATRICES = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
+# Of the kernel: rows in multiples of a bfloat16 tile, and 2 MB of a matrix at a time.
+LEAST_ROWS, WIDEST_TILE = 16, 1024
 
 
 def grouped_product(
@@ -40,31 +42,46 @@ def grouped_product(
     group_sizes: Int[Array, "E"],
     *,
     implementation: Implementation = "auto",
+    interpret: bool = False,
 ) -> Float[Array, "M O"]:
     """Row m times the transposed matrix of the expert whose group it is in; zeros for rows past the last group.
 
-    "auto" is "ragged" on a TPU and "blocks" elsewhere. Raises ValueError for another implementation.
+    "auto" is "kernel" on a TPU and "blocks" elsewhere; `interpret` runs the kernel step by step on CPU. Raises
+    ValueError for another implementation.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(get_args(Implementation))}")
-    if implementation == "ragged" or (implementation == "auto" and has_ragged_kernel()):
-        out = lax.ragged_dot_general(x, weights, group_sizes, _ROWS_TO_MATRICES)  # [M, O]
-        return jnp.where(_in_a_group(x, group_sizes), out, 0).astype(x.dtype)
+    if implementation == "kernel" or (implementation == "auto" and has_kernel()):
+        return _by_kernel(x, weights, group_sizes, interpret)
     return by_blocks(_matrix_product, weights, None, x, group_sizes)
 
 
-def has_ragged_kernel() -> bool:
-    """Whether the device compiled for has a kernel for `jax.lax.ragged_dot`."""
+def has_kernel() -> bool:
+    """Whether the device compiled for has a kernel for dense experts."""
     return target().platform == "tpu"
 
 
-def rows_per_block(n_rows: int, n_experts: int) -> int:
-    """Rows that the loop takes at a time: a power of two near half of an expert's share.
+def _by_kernel(x: Array, weights: Array, group_sizes: Array, interpret: bool) -> Float[Array, "M O"]:
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-    Groups are filled up to whole blocks, by half a block in the mean.
+    n_rows, (_, n_out, n_in) = len(x), weights.shape
+    rows = min(1 << max(n_rows - 1, LEAST_ROWS - 1).bit_length(), MAX_ROWS)
+    padded = jnp.pad(x, ((0, -n_rows % rows), (0, 0)))
+    tiles = (rows, min(n_in, WIDEST_TILE), min(n_out, WIDEST_TILE))
+    out = gmm(padded, weights, group_sizes, x.dtype, tiles, transpose_rhs=True, interpret=interpret)[:n_rows]
+    return jnp.where(_in_a_group(x, group_sizes), out, 0)
+
+
+def rows_per_block(n_rows: int, n_experts: int) -> int:
+    """Rows that the loop takes at a time: a power of two.
+
+    Few rows cost what it takes to read a matrix, so where an expert's share is small a block is twice that, and most
+    experts are read once. Where it is large, half of it: groups are filled up to whole blocks, by half a block in the
+    mean.
     """
-    share = max(n_rows // (2 * n_experts), 1)
-    return min(1 << (share.bit_length() - 1), MAX_ROWS)
+    share = max(n_rows // n_experts, 1)
+    once = 1 if n_rows < n_experts else min(2 * share, READ_ONCE_ROWS)
+    return min(1 << (max(once, share // 2).bit_length() - 1), MAX_ROWS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

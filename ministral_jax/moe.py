@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from .attend import sequence_axes
 from .config import ModelConfig, MoEConfig
 from .feed_forward import FeedForward
-from .grouped_product import by_blocks, grouped_product, has_ragged_kernel
+from .grouped_product import by_blocks, grouped_product, has_kernel
 from .linear import Linear, LowRank
 from .parameters import ParameterSpec
 from .quantization import LinearFormat, QuantizedProduct
@@ -179,7 +179,7 @@ class ExpertForm:
         """Rows sorted by expert through their experts; zeros for rows past the last group."""
         trained, frozen = arrays
         plain = Product(None, None)
-        if not has_ragged_kernel() or (self.w1, self.w2, self.w3) != (plain, plain, plain):
+        if not has_kernel() or (self.w1, self.w2, self.w3) != (plain, plain, plain):
             return by_blocks(self.of_one, trained, frozen, x, group_sizes)
 
         def product(name: str, x: Array) -> Array:
