@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from ministral_jax.cache import CachePlan, PagedBatch, PagedCache, allocate_cache, plan_cache
-from ministral_jax.config import CACHE_DTYPES
 from ministral_jax.errors import RequestError
 from ministral_jax.tokenizer import TextStream, Tokenizer
 from ministral_jax.transformer import Transformer
@@ -21,7 +21,8 @@ from ministral_jax.transformer import Transformer
 from .answer import Answer, Completion, Piece, TokenLogprob
 from .chat import ChatReply, ChatStream
 from .decoding import MAX_STEPS, Choice, DecodeState, Ends, Steps, compiled_steps, data_shards
-from .images import ImageReader, Images, PromptImages, check_images, chunk_rows, text_alone
+from .images import ImageReader, Images, PromptImages, chunk_rows, images_of_prompts, text_alone
+from .limits import answer_limit, known_cache_dtype
 from .pages import PageTables
 from .sampling import SamplingArrays, SamplingMode, SamplingParams, batch_arrays, batch_mode, start_history
 
@@ -104,7 +105,7 @@ class Generator:
         self._reader = None if model.vision is None else ImageReader(model.vision, model.layout)
         self._steps: Steps = compiled_steps(graph)
         self.dtype = model.norm.weight[...].dtype
-        self.cache_dtype = self.dtype if cache_dtype is None else _cache_dtype(cache_dtype)
+        self.cache_dtype = self.dtype if cache_dtype is None else known_cache_dtype(cache_dtype)
         self._kept: tuple[CachePlan, PagedCache] | None = None
         self.timing = Timing()
         self.cache_plan: CachePlan | None = None
@@ -179,37 +180,20 @@ class Generator:
         every = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
         if len(every) != len(prompts):
             raise RequestError(f"{len(every)} sampling params for {len(prompts)} prompts: give one, or one for each")
-        pictures = [()] * len(prompts) if images is None else images
-        if len(pictures) != len(prompts):
-            raise RequestError(f"images for {len(pictures)} prompts, of which there are {len(prompts)}")
-        for i, (prompt, own) in enumerate(zip(prompts, pictures, strict=True)):
-            check_images(self.model.config.vision, prompt, own, f"prompt {i}")
-        limits = [self._limit(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, every, strict=True))]
+        pictures = images_of_prompts(self.model.config.vision, prompts, images)
+        check = functools.partial(
+            answer_limit,
+            vocab_size=self.model.config.vocab_size,
+            max_length=self.max_length,
+            has_tokenizer=self.tokenizer is not None,
+        )
+        limits = [check(f"prompt {i}", *request) for i, request in enumerate(zip(prompts, every, strict=True))]
         self.timing = Timing()
         for start in range(0, len(prompts), MAX_BATCH):
             part = slice(start, start + MAX_BATCH)
             yield from self._run(
                 start, prompts[part], pictures[part], list(every[part]), limits[part], seconds_per_call
             )
-
-    def _limit(self, index: int, prompt: Sequence[int], params: SamplingParams) -> int:
-        """Tokens that a request may produce, after checking it."""
-        name = f"prompt {index}"
-        if not len(prompt):
-            raise RequestError(f"{name} is empty: expected at least one token")
-        vocab = self.model.config.vocab_size
-        outside = next((token for token in prompt if not 0 <= token < vocab), None)
-        if outside is not None:
-            raise RequestError(f"{name} has token id {outside}: expected 0 to {vocab - 1}, the model's vocabulary")
-        room = self.max_length - len(prompt)
-        if room < 1:
-            raise RequestError(
-                f"{name} has {len(prompt)} tokens: expected at most {self.max_length - 1}, "
-                f"since the context holds {self.max_length} with the answer"
-            )
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer: give the model's, or use stop_ids")
-        return room if params.max_tokens is None else min(room, params.max_tokens)
 
     def _run(
         self,
@@ -412,12 +396,6 @@ class Generator:
         """Host arrays with an entry per sequence or packed row, on the devices that have those."""
         layout = self.model.layout
         return jax.tree.map(jnp.asarray, tree) if layout is None else layout.put(tree, "rows", *axes)
-
-
-def _cache_dtype(name: str) -> jnp.dtype:
-    if name not in CACHE_DTYPES:
-        raise RequestError(f"cache dtype {name!r}: expected one of {', '.join(CACHE_DTYPES)}")
-    return jnp.dtype(name)
 
 
 def _bucket(n: int, least: int) -> int:

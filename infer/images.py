@@ -94,6 +94,19 @@ def check_images(config: VisionConfig | None, ids: Sequence[int], images: Images
         )
 
 
+def images_of_prompts(
+    config: VisionConfig | None, prompts: Sequence[Sequence[int]], images: Sequence[Images] | None
+) -> Sequence[Images]:
+    """For each prompt its images, none where `images` is None. Raises RequestError as `check_images` does."""
+    if images is None:
+        return [()] * len(prompts)
+    if len(images) != len(prompts):
+        raise RequestError(f"images for {len(images)} prompts, of which there are {len(prompts)}")
+    for i, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+        check_images(config, prompt, own, f"prompt {i}")
+    return images
+
+
 class PromptImages:
     """The image tokens of one prompt: where they stand, and the row of each."""
 

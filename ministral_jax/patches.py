@@ -13,7 +13,8 @@ from .vision import Patches
 
 # One program is compiled per power of two, and one and a half of one, from the smallest to the largest.
 FEWEST_PATCHES = 256
-# Of one call, unless a single image has more: activations of a tower of width 1024 take half a gigabyte.
+# Of one call, unless a single image has more. Activations of a tower of width 1024 then take a gigabyte in bfloat16, by
+# what the compiler for a v6e says.
 MOST_PATCHES = 16384
 
 
