@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .tokens import Sample
+from .samples import Sample
 
 
 @dataclass(frozen=True, eq=False)

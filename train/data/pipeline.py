@@ -15,7 +15,8 @@ from .formats import DataError
 from .messages import RecordError
 from .order import Address, Corpus
 from .packing import Packer, Row, make_packer
-from .tokens import Pair, Sample, SampleEncoder
+from .samples import Pair, Sample
+from .tokens import SampleEncoder
 
 logger = logging.getLogger(__name__)
 

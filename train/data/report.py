@@ -16,8 +16,9 @@ from .config import DataConfig
 from .formats import DataError, read_record
 from .messages import RecordError
 from .packing import Packer, make_packer
+from .samples import Pair, Sample
 from .sources import LineFile, Source, parse_sources
-from .tokens import Pair, Sample, SampleEncoder
+from .tokens import SampleEncoder
 
 Progress = Callable[[int, int], object]
 

@@ -7,7 +7,7 @@ import pytest
 
 from train.data.batches import PADDING_SEGMENT, fill_batch
 from train.data.packing import CutAndContinue, FirstFit, OneEach, Packer, Row
-from train.data.tokens import Sample
+from train.data.samples import Sample
 
 
 def samples(seed: int, count: int, longest: int, trained: float = 0.7) -> list[Sample]:

@@ -18,7 +18,8 @@ from tests.tokenizers import KINDS, mistral_tokenizer, tokenizer, version_number
 from tests.train.data.lines import CHAT, PAIR, REASONING, TOOLS, WHOLE_PAIR
 from train.data.formats import read_record
 from train.data.messages import RecordError
-from train.data.tokens import Pair, Sample, SampleEncoder
+from train.data.samples import Pair, Sample
+from train.data.tokens import SampleEncoder
 
 TEXTS = st.text("ab é你\n[INST]", min_size=1, max_size=8).filter(lambda text: text.strip(" ") != "")
 NO_SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"type": 3}}}
