@@ -244,8 +244,7 @@ def test_lengths_that_do_not_divide_are_refused_in_one_line() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("split", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("C", [2, 8])
-@pytest.mark.parametrize("window", [2, 4, 5, 31, 32, 100, None])
+@pytest.mark.parametrize(("C", "window"), [(2, 31), (2, None), (8, 2), (8, 5), (8, 31), (8, 32), (8, None)])
 def test_every_window_equals_one_device(C: int, window: int | None, split: Split) -> None:
     check(Case(C=C, window=window, split=split, segmented=False))
 
@@ -253,8 +252,7 @@ def test_every_window_equals_one_device(C: int, window: int | None, split: Split
 @pytest.mark.long
 @pytest.mark.parametrize("split", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("window", [11, None])
-@pytest.mark.parametrize("how", [("xla", jnp.float32), ("xla", jnp.bfloat16), ("pallas_tpu", jnp.float32)])
-def test_the_kernels_serve_it(how: tuple[str, Any], window: int | None, split: Split) -> None:
-    implementation, dtype = how
+@pytest.mark.parametrize(("implementation", "dtype"), [("xla", jnp.bfloat16), ("pallas_tpu", jnp.float32)])
+def test_the_kernels_serve_it(implementation: str, dtype: Any, window: int | None, split: Split) -> None:
     interpret = implementation == "pallas_tpu"
     check(Case(C=4, window=window, split=split, dtype=dtype, implementation=implementation, interpret=interpret))
