@@ -38,7 +38,7 @@ from .conversion.adapters import (
 from .conversion.canonical import LORA_LEAVES, PEFT_PREFIX
 from .conversion.expected import interleaved_heads
 from .conversion.opening import open_checkpoint
-from .conversion.pieces import Dtype, Pieces
+from .conversion.pieces import DTYPES, Dtype, Pieces, dense_dtype
 from .safetensors_writer import TensorSpec, write_safetensors
 from .translate import Name, hf_name
 
@@ -146,6 +146,14 @@ def file_modules(model: Model, name: str, linear: Linear) -> Iterator[tuple[str,
             yield re.sub(r"\bexperts\.", f"experts.{expert}.", module), (*index, expert)
 
 
+def base_dtype(folder: str | Path) -> Dtype:
+    """What the dense weights of the checkpoint in `folder` are stored as, by its headers: for `save_adapter`, where the
+    model was loaded as something else."""
+    with open_checkpoint(folder) as base:
+        found = dense_dtype(base)
+    return next(name for name, dtype in DTYPES.items() if dtype == found)
+
+
 def save_adapter(
     directory: str | Path,
     model: Model,
@@ -157,10 +165,11 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of `model`: `lora.safetensors` and params.json (mistral), or PEFT's two files (hf).
 
-    `dtype` None is that of the model's dense weights, which mistral-inference asks for. `base` is the name or folder of
-    the model for PEFT to find. `config` is the base's own, where the model was read without its vision tower: PEFT has
-    other names for modules beside one. The mistral layout has one factor for all modules: where they differ, B is
-    multiplied. An adapter that is there is replaced, each file when its successor is complete.
+    `dtype` None is that of the model's dense weights as they were loaded; mistral-inference asks for that of the base's
+    files, `base_dtype`. `base` is the name or folder of the model for PEFT to find. `config` is the base's own, where
+    the model was read without its vision tower: PEFT has other names for modules beside one. The mistral layout has one
+    factor for all modules: where they differ, B is multiplied. An adapter that is there is replaced, each file when its
+    successor is complete.
     """
     folder, config = Path(directory), config or model.config
     homes = _adapted_modules(model)

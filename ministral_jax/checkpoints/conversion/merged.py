@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from .adapters import AdapterSettings
 from .canonical import LORA_LEAVES, Reader, StoredTensor, Tensor
 from .expected import interleaved_heads, modules
 from .opening import Checkpoint
-from .pieces import DTYPES, Dtype, Pieces
+from .pieces import DTYPES, Dtype, Pieces, dense_dtype
 from .staging import file_identities
 
 # A multiple of the 128 rows of an FP8 block; of 28672 columns in float32 these are 14 MiB.
@@ -50,7 +49,7 @@ def merged_checkpoint(base: Checkpoint, adapter: Checkpoint, dtype: Dtype | None
     assert adapter.adapter is not None, "not an adapter"
     matrices = _Matrices(base, adapter)
     stored = base.config.quantization
-    plain = DTYPES[dtype] if dtype else _dense_dtype(base)
+    plain = DTYPES[dtype] if dtype else dense_dtype(base)
     weights: dict[str, Tensor] = {}
     sources: dict[str, _Weight] = {}
     by_module: dict[str, dict[str, Tensor]] = {}
@@ -84,14 +83,6 @@ def _identity(adapter: Checkpoint, dtype: Dtype | None) -> dict[str, Any]:
     """What a run must share with an earlier one, of the adapter."""
     files = file_identities([*adapter.reader.paths, *adapter.config_paths])
     return {"files": files, "settings": repr(adapter.adapter), "dtype": dtype}
-
-
-def _dense_dtype(base: Checkpoint) -> np.dtype:
-    sizes: Counter[np.dtype] = Counter()
-    for tensor in base.tensors.values():
-        if tensor.dtype in DTYPES.values() and tensor.name.leaf == "weight":
-            sizes[tensor.dtype] += tensor.n_bytes
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else DTYPES["bfloat16"]
 
 
 def _is_quantized(leaves: Mapping[str, Tensor]) -> bool:

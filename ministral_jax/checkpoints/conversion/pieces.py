@@ -5,6 +5,7 @@ tensor; writes nothing.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -20,7 +21,7 @@ from .opening import Checkpoint
 CHUNK_BYTES = 2 * 2**20
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES: Mapping[str, np.dtype] = {
+DTYPES: Mapping[Dtype, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -34,6 +35,15 @@ def dtype_after(tensor: Tensor, dtype: Dtype | None) -> np.dtype:
     if dtype is None or tensor.dtype not in _DENSE or tensor.name.leaf not in _CAST_LEAVES:
         return tensor.dtype
     return DTYPES[dtype]
+
+
+def dense_dtype(source: Checkpoint) -> np.dtype:
+    """What most bytes of the dense floating-point weights are stored as; bfloat16 where there are none."""
+    sizes = Counter[np.dtype]()
+    for tensor in source.tensors.values():
+        if tensor.dtype in DTYPES.values() and tensor.name.leaf == "weight":
+            sizes[tensor.dtype] += tensor.n_bytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=DTYPES["bfloat16"])
 
 
 class Pieces:

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ministral_jax.checkpoints.adapters import attach_adapter, read_adapter, save_adapter
+from ministral_jax.checkpoints.adapters import attach_adapter, base_dtype, read_adapter, save_adapter
 from ministral_jax.checkpoints.conversion.convert import convert
 from ministral_jax.checkpoints.conversion.merge import merge
 from ministral_jax.checkpoints.load import load_model
@@ -27,8 +27,9 @@ from ministral_jax.sharding.meshes import make_mesh
 from ministral_jax.stacked import StackedTransformer
 from ministral_jax.transformer import Transformer
 from tests.architecture_files import EXAMPLES, MIXTRAL
-from tests.checkpoint_files import interleaved, random_weights, tiny_config
+from tests.checkpoint_files import interleaved, random_weights, tiny_config, write_tiny_checkpoint
 from tests.mutation import damaged_documents
+from tests.quantized_files import CASES, write_quantized_checkpoint
 
 RANK, SCALE = 4, 1.75
 LORA, PEFT, PEFT_CONFIG = "lora.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -183,6 +184,14 @@ def test_matrices_are_stored_as_the_base_is_unless_another_dtype_is_asked_for(tm
     np.testing.assert_array_equal(adapter.matrices["layers.0.attention.wv"]["lora_b"], expected.astype(np.float32))
     attach_adapter(again := bare_model(config, jnp.bfloat16), adapter)
     assert {spec.dtype for spec in parameter_specs(again).values() if spec.adapter} == {jnp.dtype("float32")}
+
+
+def test_the_dtype_of_a_base_is_that_of_its_dense_weights(tmp_path):
+    config = tiny_config("mistral", n_layers=1)
+    write_tiny_checkpoint(tmp_path / "b", config, "hf", dtype="bfloat16")
+    write_tiny_checkpoint(tmp_path / "f", config, "mistral")
+    write_quantized_checkpoint(tmp_path / "q", config, "mistral", CASES[0])
+    assert [base_dtype(tmp_path / name) for name in "bfq"] == ["bfloat16", "float32", "float32"]
 
 
 def test_a_converted_adapter_is_the_same_on_the_model(tmp_path):
