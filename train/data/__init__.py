@@ -27,6 +27,6 @@ Preference pairs come from `open_pairs`, which takes the same arguments and give
 
 The files: config.py (options), run_file.py (options from YAML), formats.py and messages.py (what a line may say),
 samples.py, tokens.py and call_ids.py (ids, and which of them are trained), sources.py (files and lines), packing.py and
-batches.py (rows and arrays), order.py (which line comes when; the one place that needs Grain), pipeline.py (all of it in
-a row), preferences.py (pairs), report.py (what `ministral data validate` finds), reshape.py (other people's formats).
+batches.py (rows and arrays), order.py (which line comes when; the one place that needs Grain), pipeline.py (all of it
+in a row), preferences.py (pairs), report.py (what `ministral data validate` finds), reshape.py (foreign formats).
 """
