@@ -68,7 +68,7 @@ class ImageReader:
 def compiled_tower(graph: Any, layout: Layout | None) -> Any:
     """Patches to rows, for every tower with this nnx graph; one program for each number of patches."""
 
-    def run(weights: Any, patches: Patches) -> Float[Array, "I D"]:
+    def run(weights: Any, patches: Patches) -> Float[Array, "rows D"]:
         vision: Vision = nnx.merge(graph, weights)
         return vision(patches) if layout is None else on_every_device(vision, patches, layout)
 
@@ -111,8 +111,8 @@ class PromptImages:
     """The image tokens of one prompt: where they stand, and the row of each."""
 
     def __init__(self, reader: ImageReader, ids: np.ndarray, images: Images) -> None:
-        self.places = np.flatnonzero(ids == reader.config.image_token)  # [I]
-        self.rows = np.concatenate(reader.rows(images))  # [I, D]
+        self.places = np.flatnonzero(ids == reader.config.image_token)  # [rows]
+        self.rows = np.concatenate(reader.rows(images))  # [rows, D]
 
     def copy_into(self, rows: np.ndarray, present: np.ndarray, start: int, stop: int) -> None:
         """Writes the rows of tokens `start .. stop - 1` of the prompt into `rows` [stop - start, D], and marks them."""

@@ -34,14 +34,14 @@ class Patches(NamedTuple):
     column of each patch within its image. `images` numbers the images; padding is an image of its own.
     """
 
-    pixels: Float[Array | np.ndarray, "P pixels"]
-    places: Int[Array | np.ndarray, "P 2"]
-    images: Int[Array | np.ndarray, "P"]
+    pixels: Float[Array | np.ndarray, "T pixels"]
+    places: Int[Array | np.ndarray, "T 2"]
+    images: Int[Array | np.ndarray, "T"]
 
 
 def rotation_2d(
-    places: Int[Array, "P 2"], theta: float, head_dim: int
-) -> tuple[Float[Array, "P half"], Float[Array, "P half"]]:
+    places: Int[Array, "T 2"], theta: float, head_dim: int
+) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
     """Cosine and sine of every pair's angle: the first half of the pairs turns by the row, the second by the column.
 
     Of the frequencies `theta ** (-2i / H)` rows take the even ones, columns the odd ones.
@@ -54,7 +54,7 @@ def rotation_2d(
             at[:, 1:] * jnp.asarray(frequencies[1::2], jnp.float32),
         ],
         axis=-1,
-    )  # [P, H/2]
+    )  # [T, H/2]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -65,7 +65,7 @@ class PatchConv(nnx.Module):
         shape = (config.dim, config.n_channels, config.patch_size, config.patch_size)
         self.weight = ParameterSpec(shape, (*WHOLE, *WHOLE), dtype).placeholder()
 
-    def __call__(self, pixels: Float[Array, "P pixels"]) -> Float[Array, "P D"]:
+    def __call__(self, pixels: Float[Array, "T pixels"]) -> Float[Array, "T D"]:
         weight = self.weight[...]
         return pixels.astype(weight.dtype) @ weight.reshape(weight.shape[0], -1).T
 
@@ -82,15 +82,15 @@ class VisionAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "P D"],
-        rotation: tuple[Float[Array, "P half"], Float[Array, "P half"]],
-        images: Int[Array, "P"],
+        x: Float[Array, "T D"],
+        rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+        images: Int[Array, "T"],
         implementation: Implementation,
-    ) -> Float[Array, "P D"]:
+    ) -> Float[Array, "T D"]:
         heads = (len(x), -1, self.head_dim)
-        q = apply_rope(self.wq(x).reshape(heads), *rotation)  # [P, N, H]
-        k = apply_rope(self.wk(x).reshape(heads), *rotation)  # [P, N, H]
-        v = self.wv(x).reshape(heads)  # [P, N, H]
+        q = apply_rope(self.wq(x).reshape(heads), *rotation)  # [T, N, H]
+        k = apply_rope(self.wk(x).reshape(heads), *rotation)  # [T, N, H]
+        v = self.wv(x).reshape(heads)  # [T, N, H]
         # Causal attention of queries that all stand after the last key is attention in both directions.
         mixed = flash_attention(
             q[None], k[None], v[None], segment_ids=images[None], query_offset=len(x), implementation=implementation
@@ -106,7 +106,7 @@ class VisionFeedForward(nnx.Module):
         self.w2 = Linear(config.dim, config.hidden_dim, WHOLE, dtype)
         self.w3 = Linear(config.hidden_dim, config.dim, WHOLE, dtype)
 
-    def __call__(self, x: Float[Array, "P D"]) -> Float[Array, "P D"]:
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         return self.w2(jax.nn.silu(self.w1(x)) * self.w3(x))
 
 
@@ -121,11 +121,11 @@ class VisionBlock(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "P D"],
-        rotation: tuple[Float[Array, "P half"], Float[Array, "P half"]],
-        images: Int[Array, "P"],
+        x: Float[Array, "T D"],
+        rotation: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+        images: Int[Array, "T"],
         implementation: Implementation,
-    ) -> Float[Array, "P D"]:
+    ) -> Float[Array, "T D"]:
         h = x + self.attention(self.attention_norm(x), rotation, images, implementation)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -146,11 +146,11 @@ class VisionEncoder(nnx.Module):
         self.ln_pre = RMSNorm(config.dim, config.norm_eps, dtype)
         self.transformer = VisionBlocks(config, dtype)
 
-    def __call__(self, patches: Patches, implementation: Implementation = "auto") -> Float[Array, "P D"]:
+    def __call__(self, patches: Patches, implementation: Implementation = "auto") -> Float[Array, "T D"]:
         """The state of every patch after the last block; padding rows mean nothing."""
         pixels, places, images = map(jnp.asarray, patches)
         rotation = rotation_2d(places, self.config.rope_theta, self.config.head_dim)
-        x = self.ln_pre(self.patch_conv(pixels))  # [P, D]
+        x = self.ln_pre(self.patch_conv(pixels))  # [T, D]
         for i, layer in enumerate(self.transformer.layers):
             with jax.named_scope(f"vision_layer_{i}"):
                 x = layer(x, rotation, images, implementation)

@@ -47,9 +47,9 @@ class PatchMerger(nnx.Module):
         self.square = config.spatial_merge_size**2
         self.merging_layer = Linear(config.dim, config.dim * self.square, WHOLE, dtype)
 
-    def __call__(self, x: Float[Array, "P D"]) -> Float[Array, "I D"]:
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "rows D"]:
         """`x` as `Patches` orders it: the patches of a square follow each other."""
-        squares = x.reshape(-1, self.square, x.shape[-1])  # [I, square, D]
+        squares = x.reshape(-1, self.square, x.shape[-1])  # [rows, square, D]
         return self.merging_layer(squares.swapaxes(1, 2).reshape(len(squares), -1))  # feature c * square + place
 
 
@@ -60,7 +60,7 @@ class VisionLanguageAdapter(nnx.Module):
         self.w_in = AdapterLinear(dim, config.dim, dtype, has_bias=config.adapter_bias)
         self.w_out = AdapterLinear(dim, dim, dtype, has_bias=config.adapter_bias)
 
-    def __call__(self, x: Float[Array, "I D"]) -> Float[Array, "I text"]:
+    def __call__(self, x: Float[Array, "rows D"]) -> Float[Array, "rows text"]:
         return self.w_out(jax.nn.gelu(self.w_in(x), approximate=False))
 
 
@@ -82,15 +82,15 @@ class Vision(nnx.Module):
     def config(self) -> VisionConfig:
         return self.encoder.config
 
-    def __call__(self, patches: Patches) -> Float[Array, "I text"]:
+    def __call__(self, patches: Patches) -> Float[Array, "rows text"]:
         """A row for each image token, in the order of the patches, padding last."""
-        x = self.encoder(patches, self.implementation)  # [P, D]
+        x = self.encoder(patches, self.implementation)  # [T, D]
         x = x if self.norm is None else self.norm(x)
-        x = x if self.merger is None else self.merger(x)  # [I, D]
-        return self.adapter(x)  # [I, text]
+        x = x if self.merger is None else self.merger(x)  # [rows, D]
+        return self.adapter(x)  # [rows, text]
 
 
-def on_every_device(vision: Vision, patches: Patches, layout: Layout) -> Float[Array, "I text"]:
+def on_every_device(vision: Vision, patches: Patches, layout: Layout) -> Float[Array, "rows text"]:
     """`vision(patches)` on a mesh: every device computes all of it, without talking to the others."""
     graph, weights = nnx.split(vision)
     everywhere = PartitionSpec()
