@@ -130,10 +130,10 @@ def load_model(
     `catalog.WINDOW_PATTERNS`, or a list that is repeated over the layers. `activations` of quantised projections are
     rounded as their format says (None); "quantized" insists on it, "plain" leaves them alone. `vision=False` leaves
     out what reads images, as does `stacked`. `mesh` spreads the model over devices by `rules`, one of
-    sharding.rules.RULES or your own: a mesh of sharding.meshes, or text such as "fsdp=4,tensor=2" or "auto". Each device then
-    reads only the bytes of its shard; without it everything goes to the default device. `stacked` gives the model for
-    training, each layer read into its place in a stack. `adapter` is a folder with one, of either layout, that is put
-    on the model. Raises MinistralError in one line.
+    sharding.rules.RULES or your own: a mesh of sharding.meshes, or text such as "fsdp=4,tensor=2" or "auto". Each
+    device then reads only the bytes of its shard; without it everything goes to the default device. `stacked` gives the
+    model for training, each layer read into its place in a stack. `adapter` is a folder with one, of either layout,
+    that is put on the model. Raises MinistralError in one line.
     """
     folder = Path(directory)
     config = read_config(folder, windows=windows)
