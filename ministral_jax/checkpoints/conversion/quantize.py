@@ -102,7 +102,7 @@ def quantize(
         before = sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
     sizes = {name: (destination / name).stat().st_size for name in job.files}
     found = {module: error for of_file in notes.values() for module, error in of_file.items()}
-    errors = {module: found[module] for module in job.modules}
+    errors = {module: found[module] for module in job.modules if module in found}
     return QuantizationReport(destination, layout, before, job.n_bytes, sizes, errors, resumed)
 
 

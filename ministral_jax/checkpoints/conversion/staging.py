@@ -194,14 +194,17 @@ def _line(name: str, record: FileRecord, notes: Notes) -> str:
     return json.dumps(entry) + "\n"
 
 
+def _notes(entry: Mapping[str, Any]) -> Notes:
+    return {name: float(number) for name, number in entry.get("notes", {}).items()}
+
+
 def _begun(partial: Path) -> tuple[dict[str, Any], dict[str, tuple[FileRecord, Notes]]] | None:
     """Identity and finished files of an earlier run; a last line that was not finished counts for nothing."""
     path = partial / JOURNAL
     try:
         text = path.read_text(encoding="utf-8")
         first, *rest = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        files = {line["file"]: (FileRecord(line["bytes"], line["sha256"]), line.get("notes", {})) for line in rest}
-        return first, files
+        return first, {line["file"]: (FileRecord(line["bytes"], line["sha256"]), _notes(line)) for line in rest}
     except FileNotFoundError:
         return None
     except (AttributeError, ValueError, KeyError, TypeError):

@@ -152,3 +152,19 @@ def test_a_place_that_cannot_be_written_is_one_line(source, place):
     with pytest.raises(MinistralError, match=r"cannot be written") as caught:
         convert(source, place, to="hf")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["[1]", '"a"', '{"layer": "much"}', '{"layer": null}'])
+def test_notes_come_back_with_their_file_unless_they_are_damaged(tmp_path, damage):
+    def begun() -> Staging:
+        return Staging(tmp_path / "b", {"source": {}}, force=False)
+
+    with begun() as first:
+        (first.folder / "x").write_bytes(b"abc")
+        first.record("x", staging.sha256_of(first.folder / "x"), {"layer": 0.5})
+    with begun() as second:
+        assert (list(second.finished), second.notes) == (["x"], {"x": {"layer": 0.5}})
+    journal = tmp_path / "b.partial" / staging.JOURNAL
+    journal.write_text(journal.read_text().replace('{"layer": 0.5}', damage))
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl: damaged; remove"):
+        begun()
