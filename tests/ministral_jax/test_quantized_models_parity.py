@@ -17,17 +17,20 @@ import numpy as np
 import pytest
 
 from ministral_jax.checkpoints.conversion.convert import convert
+from ministral_jax.checkpoints.conversion.quantize import quantize
 from ministral_jax.checkpoints.load import load_model
 from ministral_jax.linear import Linear, projections
 from ministral_jax.quantization import LinearFormat
 from ministral_jax.quantization.int8 import INT8_HALF_RANGE
 from ministral_jax.quantization.rounding import dynamic_scale, to_int8
+from tests.checkpoint_files import write_tiny_checkpoint
 from tests.quantized_parity import (
     CLOSE,
     EXACT,
     IDS,
     STORED,
     Seen,
+    a_config,
     logits_of,
     module_of,
     our_logits,
@@ -145,3 +148,18 @@ def test_fp8_converted_from_the_mistral_layout_is_read_with_our_logits(
     path = folder / f"{kind}-{activations}-converted"
     convert(ours(folder, stored, kind, "mistral"), path, to="hf")
     assert worst(our_logits(path, activations="plain"), logits_of(theirs(path, stored))) < EXACT
+
+
+def test_fp8_of_a_bfloat16_checkpoint_is_multiplied_out_in_bfloat16_only(tmp_path: Path) -> None:
+    """A limit of transformers: asked for float32, it has both dtypes in one product."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    write_tiny_checkpoint(tmp_path / "dense", a_config("mistral"), "mistral", dtype="bfloat16")
+    quantize(tmp_path / "dense", tmp_path / "fp8", stored=LinearFormat("fp8_tensor", "dynamic"), to="mistral")
+    convert(tmp_path / "fp8", tmp_path / "hf", to="hf")
+    loader = transformers.AutoModelForCausalLM.from_pretrained
+    assert worst(our_logits(tmp_path / "hf", activations="plain"), logits_of(loader(tmp_path / "hf").eval())) < 3e-2
+    with pytest.raises(
+        RuntimeError, match="expected m1 and m2 to have the same dtype, but got: c10::BFloat16"
+    ):
+        logits_of(loader(tmp_path / "hf", dtype=torch.float32).eval())
