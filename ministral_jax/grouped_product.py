@@ -26,8 +26,10 @@ Apply = Callable[[Any, Any, Array], Array]
 
 # A block is at most this many rows: enough for a matrix unit, few beside what a group is filled up to.
 MAX_ROWS = 128
-# Up to about so many rows, a product of a matrix costs reading it: measured on a CPU, a tile on a TPU.
+# Up to so many rows, a product costs reading its matrix: a tile of a TPU.
 READ_ONCE_ROWS = 16
+# Up to so many rows of an expert, one at a time are faster on a CPU than a block: 0.32 ms each, a block of 2 takes 1.6.
+CPU_SINGLE_ROWS = 5
 # Up to this many experts the loop has a branch for each, in which XLA reads that expert's matrices where they lie; more
 # branches compile too long, and a slice at a computed index is copied first (on a CPU 3 times the time of one token).
 MAX_BRANCHES = 16
@@ -72,14 +74,16 @@ def _by_kernel(x: Array, weights: Array, group_sizes: Array, interpret: bool) ->
     return jnp.where(_in_a_group(x, group_sizes), out, 0)
 
 
-def rows_per_block(n_rows: int, n_experts: int) -> int:
+def rows_per_block(n_rows: int, n_experts: int, platform: str) -> int:
     """Rows that the loop takes at a time: a power of two.
 
     Few rows cost what it takes to read a matrix, so where an expert's share is small a block is twice that, and most
-    experts are read once. Where it is large, half of it: groups are filled up to whole blocks, by half a block in the
-    mean.
+    experts are read once; but on a CPU blocks are single rows, whose products alone XLA computes where a matrix lies.
+    Where the share is large, half of it: groups are filled up to whole blocks, by half a block in the mean.
     """
     share = max(n_rows // n_experts, 1)
+    if platform == "cpu" and share <= CPU_SINGLE_ROWS:
+        return 1
     once = 1 if n_rows < n_experts else min(2 * share, READ_ONCE_ROWS)
     return min(1 << (max(once, share // 2).bit_length() - 1), MAX_ROWS)
 
@@ -146,7 +150,7 @@ class _Blocks(NamedTuple):
 
     @staticmethod
     def of(x: Array, group_sizes: Array) -> _Blocks:
-        rows = rows_per_block(len(x), len(group_sizes))
+        rows = rows_per_block(len(x), len(group_sizes), target().platform)
         return _Blocks(rows, group_sizes, jnp.cumsum(-(-group_sizes // rows)))
 
     @property
@@ -186,7 +190,7 @@ def _expert(weights: Any, expert: Int[Array, ""] | int) -> Any:
 
 
 def _matrix_product(weight: Float[Array, "O I"], _: None, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
-    return jnp.einsum("MI,OI->MO", x, weight)
+    return x @ weight.T  # of one row, XLA's CPU backend fuses this with the slice; it copies for an einsum
 
 
 def _in_a_group(x: Array, group_sizes: Array) -> Array:

@@ -102,7 +102,7 @@ class Product:
 
     def _base(self, parts: Parts, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         if self.stored is None:
-            return jnp.einsum("MI,OI->MO", x, parts["weight"])
+            return x @ parts["weight"].T  # not an einsum, see grouped_product
         weight = self.stored.weight(parts)
         if self.stored.activations != "none" and isinstance(weight, QuantizedProduct):
             return weight.quantized_product(x)

@@ -111,14 +111,14 @@ def test_gradients_are_those_of_the_dense_formula(n_experts: int) -> None:
 
 @pytest.mark.parametrize(("rows", "experts"), [(1024, 8), (2048, 64), (10**6, 8)])
 def test_blocks_fill_up_large_shares_by_half_at_most(rows: int, experts: int) -> None:
-    share, block = rows // experts, rows_per_block(rows, experts)
+    share, block = rows // experts, rows_per_block(rows, experts, "cpu")
     assert math.ceil(share / block) * block <= 1.5 * share
 
 
 @pytest.mark.parametrize(("rows", "experts"), [(8, 8), (32, 8), (64, 8), (256, 128)])
 def test_an_expert_with_twice_its_share_of_few_rows_is_read_once(rows: int, experts: int) -> None:
-    assert 2 * rows // experts <= rows_per_block(rows, experts) <= 16
+    assert 2 * rows // experts <= rows_per_block(rows, experts, "tpu") <= 16
 
 
 def test_a_single_token_meets_its_experts_in_blocks_of_one_row() -> None:
-    assert rows_per_block(2, 8) == rows_per_block(4, 128) == 1
+    assert rows_per_block(2, 8, "tpu") == rows_per_block(4, 128, "cpu") == 1
