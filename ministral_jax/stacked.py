@@ -170,7 +170,8 @@ class StackedTransformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T V"]:
         """Float32 logits of final hidden states: few at a time; train/loss.py never asks for those of a sequence."""
-        return gathered(self.head, self.layout).logits(hidden)
+        logits = gathered(self.head, self.layout).logits(hidden)
+        return logits if self.layout is None else self.layout.constrain_last(logits, "act_vocab")
 
     def _rematerialized(
         self,
