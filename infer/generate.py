@@ -276,7 +276,7 @@ class Generator:
             limits=all_limits,
             mode=batch_mode(params),
             sampling=self._rows(batch_arrays(padded)),
-            ends=self._rows(Ends(stops, all_limits)),
+            ends=self._rows(Ends(jnp.asarray(stops), jnp.asarray(all_limits))),
             tables=PageTables(plan, B, self.shards),
             cache=self._take_cache(plan),
             plan=plan,
