@@ -43,7 +43,7 @@ class Case:
     chosen: int = 2
 
 
-CASES = tuple(Case(n, tokens) for tokens in (1, 4, 16, 128, 1024) for n in (8, 32))
+CASES = tuple(Case(n, tokens) for tokens in (1, 4, 16, 128) for n in (8, 32))
 SMOKE = (Case(4, 3, 32, 64), Case(20, 3, 32, 64))
 
 
@@ -103,11 +103,11 @@ def taking_turns(sides: Sequence[Callable[[], Any]], budget: float) -> list[Seco
 
 def rates(budget: float) -> tuple[float, float]:
     """Bytes of a matrix-vector product and operations of a large product, per second of a processor, in float32."""
-    matrix, vector = jnp.ones((1792, 8192)), jnp.ones((1, 8192))
+    matrix, vector = np.ones((1792, 8192), np.float32), np.ones(8192, np.float32)
     square = jnp.ones((1024, 1024))
     product = jax.jit(lambda a, b: a @ b.T)
     seconds = taking_turns(
-        [lambda: product(vector, matrix).block_until_ready(), lambda: product(square, square).block_until_ready()],
+        [lambda: matrix @ vector, lambda: product(square, square).block_until_ready()],
         budget,
     )
     return matrix.nbytes / seconds[0].cpu, 2 * 1024**3 / seconds[1].cpu
