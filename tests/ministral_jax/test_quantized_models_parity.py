@@ -159,7 +159,5 @@ def test_fp8_of_a_bfloat16_checkpoint_is_multiplied_out_in_bfloat16_only(tmp_pat
     convert(tmp_path / "fp8", tmp_path / "hf", to="hf")
     loader = transformers.AutoModelForCausalLM.from_pretrained
     assert worst(our_logits(tmp_path / "hf", activations="plain"), logits_of(loader(tmp_path / "hf").eval())) < 3e-2
-    with pytest.raises(
-        RuntimeError, match="expected m1 and m2 to have the same dtype, but got: c10::BFloat16"
-    ):
+    with pytest.raises(RuntimeError, match="expected m1 and m2 to have the same dtype, but got: c10::BFloat16"):
         logits_of(loader(tmp_path / "hf", dtype=torch.float32).eval())
