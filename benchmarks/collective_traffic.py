@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 import jax
 
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 INSTRUCTION = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\(")
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -54,8 +62,7 @@ def _sent(computations: dict[str, list[str]], name: str, times: int) -> list[Sen
             receivers = sum(source != target for source, target in pairs)
             found.append(Sent(collective[2], _result_bytes(*collective.groups()), receivers, times))
             continue
-        turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        inner = times * (int(turns[1]) if turns else 1)
+        inner = times * _turns(line, computations)
         branches = BRANCHES.search(line)
         called = CALLED.findall(line) + (re.findall(r"[\w.\-]+", branches[1]) if branches else [])
         for target in called:
@@ -69,3 +76,21 @@ def _result_bytes(types: str, name: str, started: str | None) -> int:
     if started and name in ("all-gather", "collective-permute"):
         arrays = arrays[len(arrays) // 2 :]
     return sum(math.prod(int(size) for size in sizes.split(",") if size) * BYTES[kind] for kind, sizes in arrays)
+
+
+def _turns(line: str, computations: dict[str, list[str]]) -> int:
+    """How often the body of a loop runs: as it says, or as a scan's condition says that counts up to a constant."""
+    said = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+    if said:
+        return int(said[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    root = next((one for one in lines if "ROOT" in one and "direction=LT" in one), "")
+    bound = [re.search(r"constant\((\d+)\)", one) for one in lines if any(f"{name} = " in one for name in _names(root))]
+    return int(bound[0][1]) if len(bound) == 1 and bound[0] else 1
+
+
+def _names(instruction: str) -> list[str]:
+    """The constants among an instruction's operands."""
+    operands = instruction.partition("compare(")[2].partition(")")[0]
+    return [name for name in re.findall(r"%[\w.\-]+", operands) if "constant" in name]

@@ -22,10 +22,15 @@ RECORDED: dict[str, Any] = {row["name"]: row for row in json.loads(RESULTS.read_
 DECODE_TEMPORARIES = 64e6
 
 
+# One of each kind beside the decode steps of all: the others compile for minutes and differ in sizes alone.
+ALWAYS = ("8b-v6e-prefill", "8b-h200-prefill", "8b-v6e-train", "8b-h200-train", "8b-v6e-long")
+
+
 def needed(name: str) -> list[pytest.MarkDecorator]:
     module = "jax_cuda13_plugin" if "h200" in name else "libtpu"
     missing = importlib.util.find_spec(module) is None or jax.__version_info__ < (0, 11)
-    return [pytest.mark.skipif(missing, reason=f"{module} is missing, or jax is older than 0.11")]
+    skip = pytest.mark.skipif(missing, reason=f"{module} is missing, or jax is older than 0.11")
+    return [skip] if name.endswith("decode") or name in ALWAYS else [skip, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needed(name)) for name in RECORDED])
