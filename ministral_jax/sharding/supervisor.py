@@ -28,6 +28,8 @@ _DRAIN_SECONDS = 2.0  # for what a child of the child still writes
 _READ_BYTES = 64 * 1024
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+
 _UNHEALTHY = re.compile(r"tasks are unhealthy \(stopped sending heartbeats\):\n((?:\d+\n)+)")
 _COORDINATOR_GONE = "Failed to send RPC to coordination service"
 
@@ -44,8 +46,10 @@ def supervise(coordinator: str, processes: int, process_id: int) -> None:
     sys.stderr.flush()
     reading, writing = os.pipe()
     parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # one that comes before the parent is ready waits for it
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
         os.close(reading)
         _end_with_parent(parent)
         _take_streams(writing, speaks=process_id == 0)
@@ -103,6 +107,7 @@ def _stand_over(child: int, reading: int, coordinator: str, processes: int, proc
     """The parent's life; returns its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the child as well
     signal.signal(signal.SIGTERM, lambda number, frame: _signal(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     mark = f"[process {process_id}] ".encode() if process_id else b""
     kept = b""
     for line in _lines(reading, child):

@@ -15,7 +15,7 @@ import ministral_jax
 from infer.answer import Completion
 from infer.generate import Generator
 from infer.sampling import SamplingParams
-from ministral_jax import transformer
+from ministral_jax import attend
 from ministral_jax.checkpoints.load import load_model
 from ministral_jax.transformer import Transformer
 from pallas_kernels.paged_attention import Implementation, paged_attention
@@ -56,7 +56,7 @@ def interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         pallas = implementation.startswith("pallas")
         return paged_attention(*arrays, implementation=implementation, interpret=pallas, **options)
 
-    monkeypatch.setattr(transformer, "paged_attention", call)
+    monkeypatch.setattr(attend, "paged_attention", call)
 
 
 def model_of(name: str, implementation: Implementation) -> Transformer:

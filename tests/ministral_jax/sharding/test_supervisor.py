@@ -112,7 +112,7 @@ def test_a_killed_supervisor_takes_its_child_along():
     assert process.stdout is not None
     child = int(process.stdout.readline())
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=10)  # the child held these pipes
+    process.communicate(timeout=60)  # the child held these pipes
     deadline = time.monotonic() + 10
     while (Path("/proc") / str(child)).exists():
         assert time.monotonic() < deadline
@@ -129,5 +129,5 @@ def test_a_signal_to_end_reaches_the_child():
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 5

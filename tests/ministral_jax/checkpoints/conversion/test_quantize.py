@@ -81,8 +81,8 @@ def test_fp8_in_the_mistral_layout_is_spelled_as_published(tmp_path):
 
 
 def test_compressed_tensors_go_into_hf(tmp_path):
-    write_tiny_checkpoint(tmp_path / "dense", tiny_config(n_layers=1), "hf", dtype="bfloat16")
-    quantize(tmp_path / "dense", tmp_path / "out", stored=STORED[0])
+    write_tiny_checkpoint(tmp_path / "dense", tiny_config(n_layers=1), "mistral", dtype="bfloat16")
+    quantize(tmp_path / "dense", tmp_path / "out", stored=STORED[0], to="hf")
     tensors = tensors_of(tmp_path / "out" / "model.safetensors")
     assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (64, 1)
     assert tensors["model.embed_tokens.weight"].dtype.name == "bfloat16"
