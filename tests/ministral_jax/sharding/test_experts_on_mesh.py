@@ -61,6 +61,7 @@ def alone(*shape: int) -> np.ndarray:
     return np.asarray(layer()(jnp.asarray(tokens(*shape))))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mesh", "shape"),
     [
@@ -88,12 +89,14 @@ def test_no_token_is_dropped_when_all_go_to_the_experts_of_one_device() -> None:
     assert np.abs(found - expected).max() <= CLOSE * np.ptp(expected)
 
 
+@pytest.mark.long
 def test_tokens_travel_in_rounds_where_the_buffer_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ministral_jax.moe.MAX_BUFFER_BYTES", 4 * 64 * 24)  # rows for two tokens from each device
     expected = alone(16)
     assert np.abs(on_mesh("expert=4,tensor=2", tokens(16)) - expected).max() <= CLOSE * np.ptp(expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stored", [LinearFormat("fp8_block"), LinearFormat("nvfp4")], ids=lambda s: s.format)
 def test_quantised_experts_on_a_mesh_are_those_on_one_device(stored: LinearFormat) -> None:
     module, arrays = MoE(config(), jnp.float32), dict(parameters(layer()))
