@@ -108,6 +108,7 @@ class TrainStep:
         self._compiled = jax.jit(
             self._step, donate_argnums=(0, 1, 2), compiler_options=dict(options or {}), **shardings
         )
+        self._program: jax.stages.Compiled | None = None
         self._compiled_loss = jax.jit(self._evaluated, compiler_options=dict(options or {}), **loss_shardings)
 
     def initial_state(self, model: StackedTransformer, key: jax.Array) -> TrainState:
@@ -146,9 +147,14 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step over microbatches [A, B, T]. `state` is used up, all but its frozen parameters."""
-        *kept, metrics = self._compiled(*self._arguments(state, batch))
+        *kept, metrics = (self._program or self._compiled)(*self._arguments(state, batch))
         trained, moments, step = kept
         return TrainState(trained, state.frozen, moments, step, state.key), metrics
+
+    def compile(self, microbatches: int, rows: int, length: int) -> jax.stages.Compiled:
+        """Compiles the step for batches of this shape, the only ones it then takes; the program tells its memory."""
+        self._program = self.lower(*self.shapes(microbatches, rows, length)).compile()
+        return self._program
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The program before it is compiled, of arrays or of their shapes: for its memory and its cost."""

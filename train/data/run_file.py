@@ -33,7 +33,7 @@ def read_run_file(path: Path, **options: Any) -> RunFile:
     Raises:
         MinistralError: it is not there, not YAML, or a field of its data section is wrong.
     """
-    document = _document(path)
+    document = read_document(path)
     section = _mapping(document.get("data", {}), f"{path}: data")
     try:
         config, evaluation = data_configs(section, like_mistral_finetune=_THEIR_MODEL in document)
@@ -80,7 +80,8 @@ def data_configs(
     return config, replace(config, data="", instruct_data=evaluation, preference_data="").for_evaluation()
 
 
-def _document(path: Path) -> Mapping[str, Any]:
+def read_document(path: Path) -> Mapping[str, Any]:
+    """The keys of a YAML file. Raises MinistralError where it is not there, or holds anything else."""
     import yaml
 
     try:

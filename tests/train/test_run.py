@@ -1,0 +1,171 @@
+"""Whole runs on a tiny model: what they write, and that stopping and going on changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import ministral_jax
+from ministral_jax.errors import ConfigError
+from ministral_jax.lora import LoraConfig
+from tests.checkpoint_files import tiny_config, write_tiny_checkpoint
+from tests.tekken_files import write_tiny_tekken
+from train.config import CheckpointConfig, EvalConfig, RunConfig
+from train.data.config import DataConfig
+from train.memory_estimate import MemoryEstimate, require_fits
+from train.metrics import EVAL_FILE, TRAIN_FILE, MetricsFile, step_flops
+from train.optimizer import OptimizerConfig
+from train.run import FINAL, RunResult, run
+
+from .test_step import batch_of
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, and conversations."""
+    folder = tmp_path_factory.mktemp("base")
+    write_tiny_checkpoint(folder, tiny_config("mistral_window", n_layers=2, vocab_size=320, max_length=64))
+    write_tiny_tekken(folder)
+    chats = [
+        {"messages": [{"role": "user", "content": f"the {i}"}, {"role": "assistant", "content": f"thing {i % 3}"}]}
+        for i in range(24)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return folder
+
+
+def config_of(base: Path, run_dir: Path, **changes: Any) -> RunConfig:
+    """Dropout and microbatches, so that each step depends on the run's key and on the order of its rows."""
+    config = RunConfig(
+        model=str(base),
+        run_dir=str(run_dir),
+        data=DataConfig(instruct_data=str(base / "chats.jsonl")),
+        lora=LoraConfig(rank=4, dropout=0.1),
+        optimizer=OptimizerConfig(learning_rate=0.03, steps=STEPS),
+        seq_len=32,
+        batch_size=4,
+        num_microbatches=2,
+        checkpoints=CheckpointConfig(every=2, keep=2),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted, evaluated on the way."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    evaluated = config_of(base, folder, eval_data=str(base / "chats.jsonl"), eval=EvalConfig(every=3))
+    assert run(evaluated) == RunResult(STEPS, folder / FINAL)
+    return folder
+
+
+def stopped_after(step: int, config: RunConfig, number: int = signal.SIGTERM, **options: Any) -> RunResult:
+    """A run that gets a signal when it tells of a step: it ends after the next."""
+
+    def report(row: dict[str, Any]) -> None:
+        if row["step"] == step:
+            os.kill(os.getpid(), number)
+
+    return run(config, report=report, **options)
+
+
+def rows(folder: Path, name: str = TRAIN_FILE) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def learned(folder: Path) -> list[list[float]]:
+    """What a row has that does not depend on the clock."""
+    return [
+        [row["step"], row["loss"], row["learning_rate"], row["gradient_norm"], row["tokens"]] for row in rows(folder)
+    ]
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    assert (one / FINAL / "lora.safetensors").read_bytes() == (other / FINAL / "lora.safetensors").read_bytes()
+
+
+def test_the_loss_falls_and_the_adapter_changes_what_the_base_computes(base: Path, whole: Path) -> None:
+    losses = [row["loss"] for row in rows(whole)]
+    assert [row["step"] for row in rows(whole)] == list(range(1, STEPS + 1))
+    assert losses[-1] < 0.8 * losses[0]
+    tokens = jnp.arange(8)[None] + 60
+    adapted = ministral_jax.load(base, adapter=whole / FINAL)(tokens)
+    assert float(jnp.abs(adapted - ministral_jax.load(base)(tokens)).max()) > 0.1
+    assert {array.dtype for array in load_file(whole / FINAL / "lora.safetensors").values()} == {np.dtype("float32")}
+
+
+def test_evaluation_tells_loss_and_perplexity_in_nats(whole: Path) -> None:
+    evaluated = rows(whole, EVAL_FILE)
+    assert [row["step"] for row in evaluated] == [3, STEPS]
+    assert evaluated[1]["loss"] < evaluated[0]["loss"]
+    for row in evaluated:
+        np.testing.assert_allclose(row["perplexity"], np.exp(row["loss"]), rtol=1e-6)
+
+
+def test_the_last_checkpoints_are_kept(whole: Path) -> None:
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
+
+
+@pytest.mark.long
+def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(base: Path, whole: Path, tmp_path: Path) -> None:
+    """Also where it had told of steps that no checkpoint has, as a killed one may."""
+    config = config_of(base, tmp_path / "run")
+    assert stopped_after(2, config) == RunResult(3, None, signal.SIGTERM)
+    with (tmp_path / "run" / TRAIN_FILE).open("a") as file:
+        file.write(json.dumps({"step": 4, "loss": 0.0}) + '\n{"step": 5, "lo')
+    (tmp_path / "run" / "checkpoints" / "step_000005.partial").mkdir()
+    assert run(config, resume=True).result == tmp_path / "run" / FINAL
+    assert learned(tmp_path / "run") == learned(whole)
+    assert_same_adapter(tmp_path / "run", whole)
+
+
+def test_a_run_that_exists_or_was_another_is_refused(base: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exists; --resume goes on with it"):
+        run(config_of(base, whole))
+    with pytest.raises(ConfigError, match=r"seed: 1, but .* has 0; a run with other values"):
+        run(config_of(base, whole, seed=1), resume=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"no config\.yaml, so it is no run"):
+        run(config_of(base, tmp_path), resume=True)
+    with pytest.raises(ConfigError, match="seq_len: 65, expected at most 64"):
+        run(config_of(base, tmp_path / "new", seq_len=65))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_step_that_cannot_fit_is_refused_with_numbers() -> None:
+    needed = MemoryEstimate(weights=16 * 2**30, trained=2**30, moments=2**31, temporary=6 * 2**30)
+    require_fits(needed, 25 * 2**30)
+    require_fits(needed, None)
+    with pytest.raises(ConfigError, match=r"needs 25\.00 GiB .*weights 16\.00.* and there are 24\.00 GiB"):
+        require_fits(needed, 24 * 2**30)
+
+
+def test_operations_are_counted_by_what_a_token_sees() -> None:
+    """By loops over the layers' products, tokens and keys."""
+    model, batch = tiny_config("ministral"), batch_of(rows=2)
+    matrices = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96  # wq, wo; wk, wv; the feed-forward
+    expected = 4 * batch.tokens.size * (4 * matrices + 128 * 64)
+    for window in model.windows:
+        for position in batch.positions.flat:
+            keys = [key for key in range(position + 1) if window is None or key > position - window]
+            expected += 12 * 4 * 16 * len(keys)
+    assert step_flops(model, batch, full=False) == expected
+
+
+def test_rows_past_a_step_are_dropped(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "m.jsonl")
+    for step in (1, 2, 3):
+        file.add({"step": step, "loss": float("nan")})
+    file.cut_after(2)
+    assert list(file.rows()) == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]

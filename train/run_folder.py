@@ -1,0 +1,170 @@
+"""The folder of a run: its configuration, metrics and checkpoints, and which of these can be gone on from.
+
+A checkpoint is a folder that gets its name when all in it is on the disk, the state of the training and the place in
+the data together, so that the two can never disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ministral_jax.errors import CheckpointError, ConfigError
+from ministral_jax.sharding import hosts
+
+from .checkpoints import restore_state, save_state
+from .config import RunConfig, run_config
+from .data.run_file import read_document
+from .step import TrainState
+
+CONFIG_FILE = "config.yaml"
+_CHECKPOINTS = "checkpoints"
+_STATE, _REST = "state", "run.json"
+_PARTIAL, _REMOVED = ".partial", ".removed"
+_NAME = re.compile(r"step_([0-9]{6,})")
+
+# What may be otherwise when a run goes on: where files lie, over which devices it runs, when it says and writes what.
+_FREE = {
+    *("model", "revision", "tokenizer", "run_dir", "mesh", "rules", "remat", "log_every", "eval", "eval_data"),
+    *("checkpoints", "to", "adapter_dtype"),
+    "data",  # compared by the data's own state, which knows the content of the files
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint: after so many steps, with this loss of evaluation if there was one at that step."""
+
+    folder: Path
+    step: int
+    data: dict[str, Any]
+    eval_loss: float | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Raises CheckpointError for a folder whose notes are damaged."""
+        try:
+            notes = json.loads((folder / _REST).read_text(encoding="utf-8"))
+            return cls(folder, notes["step"], notes["data"], notes["eval_loss"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / _REST}: missing or damaged; remove {folder} to go on earlier") from error
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The state, in the places of `like`. Raises CheckpointError if it is another step's than the data's."""
+        state = restore_state(self.folder / _STATE, like)
+        if int(state.step) != self.step:
+            raise CheckpointError(f"{self.folder}: the state is of step {int(state.step)}, its data of {self.step}")
+        return state
+
+
+class RunFolder:
+    """The folder of one run. Among several processes all see the same files, and the first alone writes small ones."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._meetings = 0
+
+    def agreed(self, config: RunConfig, *, resume: bool) -> RunConfig:
+        """The configuration to run with: as given, with the batch of the run that goes on. Writes nothing.
+
+        Raises ConfigError where the folder exists without `resume`, is of something else, or its run was configured
+        otherwise.
+        """
+        there, saved = self.path.exists(), self.path / CONFIG_FILE
+        if there and not resume:
+            raise ConfigError(
+                f"run_dir: {self.path} exists; --resume goes on with it, another run needs another folder"
+            )
+        if saved.exists():
+            config = _continued(run_config(read_document(saved)).config, config, saved)
+        elif there and any(entry.name not in (_CHECKPOINTS, CONFIG_FILE + _PARTIAL) for entry in self.path.iterdir()):
+            raise ConfigError(f"run_dir: {self.path} has no {CONFIG_FILE}, so it is no run to go on with")
+        self._meet()  # all have looked before one writes
+        return config
+
+    def create(self, config: RunConfig) -> None:
+        """Makes the folder, clears away what a killed run has left half written, and writes the configuration."""
+        import yaml
+
+        if hosts.process_id() == 0:
+            (self.path / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            for left_over in (self.path / _CHECKPOINTS).iterdir():
+                if left_over.suffix in (_PARTIAL, _REMOVED):
+                    shutil.rmtree(left_over)
+            _write(self.path / CONFIG_FILE, yaml.safe_dump(config.document(), sort_keys=False))
+        self._meet()
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All that are finished, the earliest first."""
+        folders = (self.path / _CHECKPOINTS).iterdir()
+        found = [Checkpoint.read(folder) for folder in folders if _NAME.fullmatch(folder.name)]
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def save(self, state: TrainState, data: dict[str, Any], step: int, eval_loss: float | None) -> Path:
+        """Writes a checkpoint and returns its folder."""
+        folder = self.path / _CHECKPOINTS / f"step_{step:06d}"
+        partial = folder.with_name(folder.name + _PARTIAL)
+        save_state(partial / _STATE, state)
+        self._meet()
+        if hosts.process_id() == 0:
+            _write(partial / _REST, json.dumps({"step": step, "eval_loss": eval_loss, "data": data}))
+            os.replace(partial, folder)
+            _sync_folder(folder.parent)
+        self._meet()
+        return folder
+
+    def prune(self, keep: int, *, best: bool) -> None:
+        """Removes all but the last `keep` checkpoints and, with `best`, the one with the lowest loss of evaluation."""
+        if hosts.process_id() != 0:
+            return
+        found = self.checkpoints()
+        kept = {checkpoint.step for checkpoint in found[-keep:]}
+        evaluated = [(c.eval_loss, c.step) for c in found if c.eval_loss is not None]
+        if best and evaluated:
+            kept.add(min(evaluated)[1])
+        for checkpoint in found:
+            if checkpoint.step not in kept:
+                removed = checkpoint.folder.with_name(checkpoint.folder.name + _REMOVED)
+                os.replace(checkpoint.folder, removed)
+                shutil.rmtree(removed)
+
+    def _meet(self) -> None:
+        self._meetings += 1
+        hosts.sync(f"run folder {self._meetings}")
+
+
+def _continued(saved: RunConfig, given: RunConfig, where: Path) -> RunConfig:
+    """The configuration to go on with: `given`, with the batch of `saved`. Raises ConfigError where they disagree."""
+    if given.batch_per_device:
+        given = replace(given, batch_size=saved.batch_size, rows_per_mean=saved.rows_per_mean, batch_per_device=False)
+    before, now = saved.document(), given.document()
+    for key in dict.fromkeys([*before, *now]):
+        if key not in _FREE and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}: {now.get(key)!r}, but {where} of the run to go on with has {before.get(key)!r}; a run with "
+                "other values needs another run_dir"
+            )
+    return given
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + _PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts a renaming on the disk, where the system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
