@@ -101,7 +101,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Checkpoint]:
         """All that are finished, the earliest first."""
-        folders = (self.path / _CHECKPOINTS).iterdir()
+        home = self.path / _CHECKPOINTS
+        folders = home.iterdir() if home.is_dir() else ()
         found = [Checkpoint.read(folder) for folder in folders if _NAME.fullmatch(folder.name)]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
