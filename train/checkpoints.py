@@ -36,14 +36,40 @@ def restore_state(folder: Path, like: TrainState) -> TrainState:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no checkpoint there")
+    wanted = jax.tree.map(_struct, _kept(like))
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            found = checkpointer.restore(folder.absolute(), jax.tree.map(_struct, _kept(like)))
-        except (ValueError, KeyError, FileNotFoundError, TypeError) as problem:
-            reason = str(problem).strip().splitlines()[0][:200]
-            raise CheckpointError(f"{folder}: cannot be restored as this run's state ({reason})") from problem
+        _require_same(folder, checkpointer.metadata(folder.absolute()).item_metadata, wanted)
+        found = checkpointer.restore(folder.absolute(), wanted)
     key = jax.random.wrap_key_data(found.pop("key"))
     return TrainState(frozen=like.frozen, key=key, **found)
+
+
+def _require_same(folder: Path, stored: Any, wanted: Any) -> None:
+    """Compares names, shapes and dtypes before anything is read: what orbax breaks off leaves tasks behind."""
+    if stored is None:
+        raise CheckpointError(f"{folder}: cannot be restored: it is no finished checkpoint")
+    there, here = _by_name(stored.tree), _by_name(wanted)
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise CheckpointError(
+                f"{folder}: cannot be restored as this run's state: {name} is {_shown(there.get(name))} there, "
+                f"{_shown(here.get(name))} here"
+            )
+
+
+def _by_name(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> shape and dtype of every array of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    return {_path_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    """As orbax has it, which keeps tuples as lists and fields by name."""
+    return ".".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+
+
+def _shown(array: tuple[tuple[int, ...], str] | None) -> str:
+    return "nothing" if array is None else f"{array[1]}{list(array[0])}"
 
 
 def _kept(state: TrainState) -> dict[str, Any]:
