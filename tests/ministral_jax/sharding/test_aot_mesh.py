@@ -22,18 +22,13 @@ RECORDED: dict[str, Any] = {row["name"]: row for row in json.loads(RESULTS.read_
 DECODE_TEMPORARIES = 64e6
 
 
-# The decode steps of all, and one of each other kind: the rest compile for minutes and differ in sizes alone.
-ALWAYS = ("8b-v6e-prefill", "8b-h200-prefill", "8b-v6e-train", "8b-h200-train", "8b-v6e-long")
-COMPILED = [name for name in RECORDED if name.endswith("decode") or name in ALWAYS]
-
-
 def needed(name: str) -> list[pytest.MarkDecorator]:
     module = "jax_cuda13_plugin" if "h200" in name else "libtpu"
     missing = importlib.util.find_spec(module) is None or jax.__version_info__ < (0, 11)
     return [pytest.mark.skipif(missing, reason=f"{module} is missing, or jax is older than 0.11")]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needed(name)) for name in COMPILED])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needed(name)) for name in RECORDED])
 def test_a_program_compiles_and_fits_its_chips(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In a process of its own, where shapes are not checked: the arguments are abstract."""
     command = [sys.executable, str(BENCHMARK), "--rows", name, "--short"]
