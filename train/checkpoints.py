@@ -6,6 +6,7 @@ on from (its data's place, its configuration) is not kept here.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,51 @@ from ministral_jax.errors import CheckpointError
 from .step import TrainState
 
 
-def save_state(folder: Path, state: TrainState) -> None:
-    """Writes what is trained, its moments, the step and the key to `folder`, which must not exist; waits for the disk.
+class StateWriter:
+    """Writes states while training goes on, one at a time. Every process has one, and they write together."""
 
-    Frozen parameters are those of the base model, and are not written.
-    """
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists: expected a new folder for a checkpoint")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), _kept(state))
+    def __init__(self) -> None:
+        self._checkpointer = ocp.StandardCheckpointer()
+        self._waiting = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None
+
+    def begin(self, folder: Path, state: TrainState) -> None:
+        """Begins to write what is trained, its moments, the step and the key to `folder`, which must not exist.
+
+        When it returns, all of it is off the devices, and `state` may be given to the next step; one that is still
+        being written is waited for. Frozen parameters are those of the base model, and are not written.
+        """
+        self.wait()
+        if folder.exists():
+            raise CheckpointError(f"{folder} exists: expected a new folder for a checkpoint")
+        self._checkpointer.save(folder.absolute(), _kept(state))
+        self._written = self._waiting.submit(self._checkpointer.wait_until_finished)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written in this process, or what was is on the disk or has failed."""
+        return self._written is None or self._written.done()
+
+    def wait(self) -> None:
+        """Waits until what was begun is on the disk; raises what kept it from getting there."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
+    def close(self) -> None:
+        """Ends its threads, after what is being written."""
+        self._waiting.shutdown()
+        self._checkpointer.close()
+
+
+def save_state(folder: Path, state: TrainState) -> None:
+    """Writes a state as StateWriter does, and waits for the disk."""
+    writer = StateWriter()
+    try:
+        writer.begin(folder, state)
+        writer.wait()
+    finally:
+        writer.close()
 
 
 def restore_state(folder: Path, like: TrainState) -> TrainState:

@@ -19,11 +19,11 @@ from ministral_jax.lora import LoraConfig
 from ministral_jax.stacked import Remat
 
 from .data.config import DataConfig
-from .data.run_file import data_configs, read_document
+from .data.run_file import EVALUATION, data_configs, read_document
+from .objective import PreferenceConfig
 from .optimizer import OptimizerConfig
 
 LEARNING_RATE = 1e-4
-_EVALUATION = "eval_instruct_data"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,25 @@ class CheckpointConfig:
         _at_least("checkpoints.keep", self.keep, 1)
 
 
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Answer `prompts` after every so many steps and after the last, with at most `max_tokens` likeliest tokens each.
+
+    Every prompt is what a user says, or with `chat` false the beginning of a text.
+    """
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = 64
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("samples.every", self.every, 0)
+        _at_least("samples.max_tokens", self.max_tokens, 1)
+        if not all(self.prompts):
+            raise ConfigError("samples.prompts: one is empty, expected texts")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run from the base model to the finished adapter, or model.
@@ -59,13 +78,14 @@ class RunConfig:
         model: the base: a folder as published, or a Hugging Face id of `revision`.
         tokenizer: its file, or the folder of that; None is the model's own.
         run_dir: where everything of the run is written.
-        data, eval_data: what is trained on; sources of conversations to evaluate on.
+        data, eval_data: what is trained on; sources to evaluate on, of conversations, or of pairs with `preference`.
         lora: the adapters that are trained; None trains every weight.
+        preference: learns from the pairs of `data.preference_data`, and batch_size counts pairs.
         optimizer: rates and AdamW, over `max_steps` steps.
         seq_len, batch_size, num_microbatches: a step takes num_microbatches x batch_size rows of seq_len tokens.
         batch_per_device: batch_size counts the rows of each device that has rows of its own, not those of all.
         rows_per_mean: as in TrainStep; None has every trained token count the same.
-        eval, checkpoints: when.
+        eval, checkpoints, samples: when.
         log_every: steps from one line of metrics to the next.
         mesh, rules: over which devices, and how; as in `load_model`. So are `dtype` and `windows`.
         remat: what the backward pass keeps (stacked.POLICIES).
@@ -80,6 +100,7 @@ class RunConfig:
     revision: str | None = None
     tokenizer: str | None = None
     lora: LoraConfig | None = field(default_factory=LoraConfig)
+    preference: PreferenceConfig | None = None
     optimizer: OptimizerConfig
     seq_len: int = 2048
     batch_size: int = 1
@@ -88,6 +109,7 @@ class RunConfig:
     rows_per_mean: int | None = None
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     log_every: int = 1
     mesh: str | None = None
     rules: str = "all"
@@ -104,6 +126,16 @@ class RunConfig:
         _at_least("seed", self.seed, 0)
         if self.lora is None and self.adapter_dtype is not None:
             raise ConfigError("adapter_dtype: has no meaning with full: true")
+        if self.preference is None:
+            if self.data.preference_data:
+                raise ConfigError("data.preference_data: pairs are learned from with preference, which is not given")
+            return
+        if self.lora is None:
+            raise ConfigError("preference: the reference is the model without adapters, so full: true cannot be")
+        if self.rows_per_mean is not None:
+            raise ConfigError("rows_per_mean: has no meaning with preference, where every pair counts the same")
+        if not self.data.preference_data or self.data.data or self.data.instruct_data:
+            raise ConfigError("preference: learns from data.preference_data alone, expected that and no other data")
 
     @property
     def max_steps(self) -> int:
@@ -115,18 +147,21 @@ class RunConfig:
         """The data to evaluate on, if there is any."""
         if not self.eval_data:
             return None
-        return replace(self.data, data="", instruct_data=self.eval_data, preference_data="").for_evaluation()
+        sources = {"data": "", "instruct_data": "", "preference_data": ""}
+        kind = "instruct_data" if self.preference is None else "preference_data"
+        return replace(self.data, **(sources | {kind: self.eval_data})).for_evaluation()
 
     def document(self) -> dict[str, Any]:
         """The same as a YAML document, every field in it, that `run_config` reads back."""
         values = asdict(self)
-        values["data"][_EVALUATION] = values.pop("eval_data")
+        values["data"][EVALUATION[self.preference is not None]] = values.pop("eval_data")
         values["max_steps"] = values["optimizer"].pop("steps")
         if values["lora"] is None:
             values["full"] = True
             del values["lora"]
         else:
             values["lora"]["targets"] = list(values["lora"]["targets"])
+        values["samples"]["prompts"] = list(values["samples"]["prompts"])
         return values
 
 
@@ -170,23 +205,40 @@ def run_config(document: Mapping[str, Any]) -> Reading:
         raise ConfigError("max_steps: missing, expected the number of steps")
     data = section(values.pop("data", None), "data")
     refuse_unknown(
-        data, {f.name for f in fields(DataConfig)} | {_EVALUATION} | ({"instruct"} if foreign else set()), "data"
+        data, {f.name for f in fields(DataConfig)} | {*EVALUATION} | ({"instruct"} if foreign else set()), "data"
     )
     config, evaluation = data_configs(data, like_mistral_finetune=foreign)
     optimizer = {"learning_rate": LEARNING_RATE} | section(values.pop("optimizer", None), "optimizer")
     refuse_unknown(optimizer, {f.name for f in fields(OptimizerConfig)} - {"steps"}, "optimizer")
+    preference = _preference(values.pop("preference", None), config)
+    _refuse_other_evaluation(data, preference)
     lora = values.pop("lora", None)
     if coerced(bool, full, "full") and lora is not None:
         raise ConfigError("lora: full: true trains every weight; expected one of the two")
     built: dict[str, Any] = {
         "data": config,
-        "eval_data": evaluation.instruct_data if evaluation else "",
+        "eval_data": (evaluation.instruct_data or evaluation.preference_data) if evaluation else "",
+        "preference": preference,
         "lora": None if full else made(LoraConfig, section(lora, "lora"), "lora"),
         "optimizer": made(OptimizerConfig, optimizer | {"steps": coerced(int, max_steps, "max_steps")}, "optimizer"),
         "eval": made(EvalConfig, section(values.pop("eval", None), "eval"), "eval"),
         "checkpoints": made(CheckpointConfig, section(values.pop("checkpoints", None), "checkpoints"), "checkpoints"),
+        "samples": made(SamplesConfig, section(values.pop("samples", None), "samples"), "samples"),
     }
     return Reading(made(RunConfig, values, "", **built), notes)
+
+
+def _preference(value: Any, data: DataConfig) -> PreferenceConfig | None:
+    """Data of pairs is learned from as such, with the defaults where nothing is said."""
+    if value is None and not data.preference_data:
+        return None
+    return made(PreferenceConfig, section(value, "preference"), "preference")
+
+
+def _refuse_other_evaluation(data: Mapping[str, Any], preference: PreferenceConfig | None) -> None:
+    key, other = EVALUATION[preference is None], EVALUATION[preference is not None]
+    if data.get(key):
+        raise ConfigError(f"data.{key}: is not what this run learns from; expected data.{other}, or neither")
 
 
 def made(kind: type[Any], values: Mapping[str, Any], where: str, **built: Any) -> Any:

@@ -17,7 +17,7 @@ from ministral_jax.memory import count_parameters
 
 from .data.batches import PADDING_SEGMENT, Batch
 
-TRAIN_FILE, EVAL_FILE = "metrics.train.jsonl", "metrics.eval.jsonl"
+TRAIN_FILE, EVAL_FILE, SAMPLES_FILE = "metrics.train.jsonl", "metrics.eval.jsonl", "samples.jsonl"
 
 # Dense bfloat16 operations per second, by the vendors' data sheets; the longest name that a device's kind begins with.
 PEAK_FLOPS: Mapping[str, float] = {
@@ -84,17 +84,19 @@ def tokens_in(batch: Batch) -> int:
     return int(np.count_nonzero(batch.segment_ids != PADDING_SEGMENT))
 
 
-def step_flops(config: ModelConfig, batch: Batch, *, full: bool) -> float:
+def step_flops(config: ModelConfig, batch: Batch, *, full: bool, reference: bool = False) -> float:
     """Useful operations of a step, padding left out and nothing counted twice for rematerialisation.
 
     Per token 4 P with frozen weights, 6 P where all are trained, P being the parameters of the products a token goes
-    through, the head among them; and 12 H N for each key that a query of a layer sees, forward and backward.
+    through, the head among them; and 12 H N for each key that a query of a layer sees, forward and backward. With a
+    `reference`, which goes forward only, 2 P and 4 H N more.
     """
     count = count_parameters(config)
     multiplied = count.active - count.norms - (0 if config.tied_embeddings else count.embeddings)
     seen = np.asarray(batch.positions)[np.asarray(batch.segment_ids) != PADDING_SEGMENT] + 1  # keys, without windows
     pairs = sum(int(np.minimum(seen, window or seen.max(initial=1)).sum()) for window in config.windows)
-    return float((6 if full else 4) * multiplied * seen.size + 12 * config.head_dim * config.n_heads * pairs)
+    per_parameter, per_pair = (6 if full else 4) + 2 * reference, 12 + 4 * reference
+    return float(per_parameter * multiplied * seen.size + per_pair * config.head_dim * config.n_heads * pairs)
 
 
 def peak_flops(kind: str, n_devices: int) -> float | None:
@@ -117,7 +119,10 @@ def peak_memory() -> int | None:
 
 def progress_line(row: Mapping[str, Any], max_steps: int) -> str:
     """A row of the training metrics for people."""
-    parts = [f"step {row['step']}/{max_steps}", f"loss {row['loss']:.4f}", f"rate {row['learning_rate']:.3g}"]
+    parts = [f"step {row['step']}/{max_steps}", f"loss {row['loss']:.4f}"]
+    if "accuracy" in row:
+        parts.append(f"accuracy {row['accuracy']:.2f}")
+    parts.append(f"rate {row['learning_rate']:.3g}")
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row["mfu"] is not None:
         parts.append(f"MFU {100 * row['mfu']:.1f}%")

@@ -8,14 +8,9 @@ The same seed, mesh and versions give the same bits, however often the run was s
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,41 +20,32 @@ from ministral_jax.checkpoints.hub import resolve
 from ministral_jax.checkpoints.load import load_model
 from ministral_jax.config import ModelConfig
 from ministral_jax.config_files import read_config
-from ministral_jax.errors import ConfigError, MinistralError
+from ministral_jax.errors import ConfigError
 from ministral_jax.lora import initialize_adapters
 from ministral_jax.sharding import hosts
 from ministral_jax.sharding.agreement import digest, require_agreement, require_same_model
 from ministral_jax.sharding.layout import Layout, layout_for
 from ministral_jax.sharding.meshes import mesh_for
-from ministral_jax.stacked import StackedTransformer, attach_adapters
+from ministral_jax.stacked import attach_adapters
 from ministral_jax.tokenizer import Tokenizer
 
 from .config import RunConfig
-from .data.batches import Batch
-from .data.pipeline import Batches, open_data
+from .data.pipeline import open_data
+from .data.preferences import open_pairs
 from .export import export
+from .loop import Loop, Row
 from .memory_estimate import estimate, require_fits
-from .metrics import (
-    EVAL_FILE,
-    TRAIN_FILE,
-    MetricsFile,
-    device_memory,
-    peak_flops,
-    peak_memory,
-    perplexity,
-    step_flops,
-    tokens_in,
-)
+from .metrics import device_memory
+from .objective import NextToken, Objective, Preference
 from .optimizer import Optimizer
+from .preview import Preview
 from .run_folder import RunFolder
-from .step import BATCH_AXES, Metrics, TrainState, TrainStep, trained_specs
+from .signals import stop_signals
+from .step import TrainState, TrainStep, trained_specs
 
 logger = logging.getLogger(__name__)
 
 FINAL = "final"  # the folder of the result in that of the run
-_MOST_LOST = 10  # steps in a row whose gradients are not finite
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,22 +80,22 @@ def run(config: RunConfig, *, resume: bool = False, report: Callable[[Row], obje
     config = _with_global_batch(config, base.layout)
     rows = config.batch_size * config.num_microbatches
     sizes: dict[str, int] = {"seq_len": config.seq_len, "seed": config.seed}
-    data = open_data(config.data, base.tokenizer, batch_size=rows, **sizes)
-    evaluation = config.evaluation and open_data(
-        config.evaluation, base.tokenizer, batch_size=config.batch_size, **sizes
-    )
+    opened = open_data if config.preference is None else open_pairs
+    data = opened(config.data, base.tokenizer, batch_size=rows, **sizes)
+    evaluation = config.evaluation and opened(config.evaluation, base.tokenizer, batch_size=config.batch_size, **sizes)
     require_agreement("data", {"data": digest(repr(data.state()).encode())})
     checkpoints = folder.checkpoints() if resume else []
     if checkpoints:
         data.restore(checkpoints[-1].data)
     step, state = _begin(config, base)
+    preview = Preview(step, config.samples, base.tokenizer, base.config.max_length) if config.samples.prompts else None
     folder.create(config)
     start = checkpoints[-1].step if checkpoints else 0
     if checkpoints:
         state = checkpoints[-1].restore(state)
         logger.info("going on after step %d, from %s", start, checkpoints[-1].folder)
-    loop = _Loop(config, folder, step, data, evaluation, base.config, report or (lambda row: None))
-    with _stop_signals() as stopped:
+    loop = Loop(config, folder, step, data, evaluation, preview, base.config, report or (lambda row: None))
+    with stop_signals() as stopped:
         state, last = loop.train(state, start, stopped)
     if stopped() and last < config.max_steps:
         return RunResult(last, None, stopped())
@@ -167,174 +153,21 @@ def _begin(config: RunConfig, base: _Base) -> tuple[TrainStep, TrainState]:
     if config.lora is not None:
         attach_adapters(model, config.lora)
         initialize_adapters(model, beginning, place=None if model.layout is None else model.layout.placement)
-    step = TrainStep(model, Optimizer(config.optimizer, trained_specs(model)), rows_per_mean=config.rows_per_mean)
-    _tell_parameters(step, model)
-    needed = estimate(step, config.num_microbatches, config.batch_size, config.seq_len)
+    objective = _objective(config)
+    step = TrainStep(model, Optimizer(config.optimizer, trained_specs(model)), objective)
+    _tell_parameters(step)
+    needed = estimate(step, config.num_microbatches, config.batch_size * objective.rows, config.seq_len)
     logger.info("a step needs %s", needed)
     require_fits(needed, device_memory())
     return step, step.initial_state(model, running)
 
 
-def _tell_parameters(step: TrainStep, model: StackedTransformer) -> None:
+def _objective(config: RunConfig) -> Objective:
+    return NextToken(config.rows_per_mean) if config.preference is None else Preference(config.preference)
+
+
+def _tell_parameters(step: TrainStep) -> None:
     trained = sum(int(np.prod(spec.shape)) for spec in step.trained_specs.values())
     logger.info(
-        "training %s parameters, %s", f"{trained:,}", "of adapters" if _adapters_alone(step) else "all there are"
+        "training %s parameters, %s", f"{trained:,}", "of adapters" if step.trains_adapters else "all there are"
     )
-
-
-def _adapters_alone(step: TrainStep) -> bool:
-    """Whether adapters are trained, and not every weight."""
-    return len(step.trained_specs) < len(step.specs)
-
-
-class _Loop:
-    """The steps of a run. What it changes is in the folder; the state of training goes in and out."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        step: TrainStep,
-        data: Batches[Batch],
-        evaluation: Batches[Batch] | None,
-        model: ModelConfig,
-        report: Callable[[Row], object],
-    ) -> None:
-        self._config, self._folder, self._step, self._model = config, folder, step, model
-        self._data, self._evaluation = data, evaluation
-        self._evaluation_start = None if evaluation is None else evaluation.state()
-        self._report = report
-        self._train_rows = MetricsFile(folder.path / TRAIN_FILE)
-        self._eval_rows = MetricsFile(folder.path / EVAL_FILE)
-        n_devices = 1 if step.layout is None else step.layout.mesh.size
-        self._peak_flops = peak_flops(jax.devices()[0].device_kind, n_devices)
-        self._lost = 0
-        self._began: tuple[int, float] | None = None  # a step, and when it had ended: what the time left is told by
-
-    def train(self, state: TrainState, start: int, stopped: Callable[[], int | None]) -> tuple[TrainState, int]:
-        """Takes the steps after `start` until the last, the end of the data, or a signal; returns the last taken."""
-        if hosts.process_id() == 0:
-            for rows in (self._train_rows, self._eval_rows):
-                rows.cut_after(start)
-        number = start
-        batch = None if self._stops(start, stopped) else self._next(start)
-        while batch is not None:
-            begin = time.perf_counter()
-            state, metrics = self._step(state, self._in_microbatches(batch))
-            number += 1
-            stops = self._stops(number, stopped)
-            place = self._data.state()  # before the next batch is drawn, while the devices are at work
-            following = None if stops else self._next(number)
-            self._tell(number, batch, metrics, begin)
-            self._require_finite(metrics, number)
-            self._between(state, number, place, ends=following is None and not stops, stops=stops)
-            batch = following
-        return state, number
-
-    def _next(self, number: int) -> Batch | None:
-        """The batch of the step after `number`; None after the last."""
-        return None if number >= self._config.max_steps else next(self._data, None)
-
-    def _stops(self, number: int, stopped: Callable[[], int | None]) -> bool:
-        """Whether a signal ends the run after step `number`; among several processes, one that process 0 got."""
-        return bool(int(hosts.shared(f"stops after {number}", str(int(stopped() is not None)))))
-
-    def _in_microbatches(self, batch: Batch) -> Batch:
-        """[A, B, T] on the devices, of [A B, T] on the host."""
-        shape = (self._config.num_microbatches, self._config.batch_size, self._config.seq_len)
-        parts = Batch(*(array.reshape(shape) for array in batch))
-        return parts if self._step.layout is None else self._step.layout.put(parts, *BATCH_AXES)
-
-    def _require_finite(self, metrics: Metrics, number: int) -> None:
-        self._lost = 0 if bool(metrics.finite) else self._lost + 1
-        if self._lost:
-            logger.warning("step %d: the gradient is not finite, and nothing was changed", number)
-        if self._lost == _MOST_LOST:
-            raise MinistralError(
-                f"step {number}: {_MOST_LOST} gradients in a row are not finite; take a lower optimizer.learning_rate "
-                "or dtype: float32, and see whether the base itself gives finite scores (`ministral score`)"
-            )
-
-    def _tell(self, number: int, batch: Batch, metrics: Metrics, begin: float) -> None:
-        loss = float(metrics.loss)  # waits for the step
-        now = time.perf_counter()
-        seconds = now - begin
-        if self._began is None:
-            self._began = (number, now)  # the first step may have waited for the compiler
-        if number % self._config.log_every and number != self._config.max_steps:
-            return
-        done = number - self._began[0]
-        each = (now - self._began[1]) / done if done else seconds
-        flops = step_flops(self._model, batch, full=not _adapters_alone(self._step))
-        row: Row = {
-            "step": number,
-            "loss": loss,
-            "learning_rate": float(metrics.learning_rate),
-            "gradient_norm": float(metrics.gradient_norm),
-            "trained_tokens": int(metrics.tokens),
-            "tokens": tokens_in(batch),
-            "seconds": seconds,
-            "tokens_per_second": tokens_in(batch) / seconds,
-            "mfu": None if self._peak_flops is None else flops / seconds / self._peak_flops,
-            "peak_bytes": peak_memory(),
-            "eta_seconds": each * (self._config.max_steps - number),
-        }
-        if hosts.process_id() == 0:
-            self._train_rows.add(row)
-            self._report(row)
-
-    def _between(self, state: TrainState, number: int, place: dict[str, Any], *, ends: bool, stops: bool) -> None:
-        """What is due after a step: an evaluation, a checkpoint."""
-        loss = None
-        if self._evaluation is not None and (ends or self._due(self._config.eval.every, number)):
-            loss = self._evaluate(state, number)
-        if ends or stops or self._due(self._config.checkpoints.every, number):
-            self._folder.save(state, place, number, loss)
-            self._folder.prune(self._config.checkpoints.keep, best=self._config.checkpoints.best)
-
-    def _due(self, every: int, number: int) -> bool:
-        return every > 0 and number % every == 0
-
-    def _evaluate(self, state: TrainState, number: int) -> float:
-        """The loss over the data of evaluation, in nats per trained token."""
-        assert self._evaluation is not None
-        assert self._evaluation_start is not None
-        self._evaluation.restore(self._evaluation_start)
-        total = weight = 0.0
-        for count, batch in enumerate(self._evaluation):
-            if count == self._config.eval.batches:
-                break
-            layout = self._step.layout
-            placed = batch if layout is None else layout.put(batch, *BATCH_AXES[1:])
-            sums = self._step.evaluate(state, placed)
-            total, weight = total + float(sums[0]), weight + float(sums[1])
-        if not weight:
-            raise MinistralError("data.eval_instruct_data: nothing in it to evaluate on: `ministral data validate`")
-        loss = total / weight
-        if hosts.process_id() == 0:
-            self._eval_rows.add({"step": number, "loss": loss, "perplexity": perplexity(loss), "tokens": int(weight)})
-        logger.info("step %d: evaluation loss %.4f, perplexity %.4f", number, loss, perplexity(loss))
-        return loss
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Yields a function that tells which of SIGTERM and SIGINT has come, if one has; the second one acts as usual."""
-    got: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number: int, frame: object) -> None:
-        got.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-        logger.info("%s: saving after this step", signal.Signals(number).name)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: got[0] if got else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,8 +17,8 @@ from typing import Any
 from ministral_jax.errors import CheckpointError, ConfigError
 from ministral_jax.sharding import hosts
 
-from .checkpoints import restore_state, save_state
-from .config import RunConfig, run_config
+from .checkpoints import StateWriter, restore_state
+from .config import CheckpointConfig, RunConfig, run_config
 from .data.run_file import read_document
 from .step import TrainState
 
@@ -31,7 +31,7 @@ _NAME = re.compile(r"step_([0-9]{6,})")
 # What may be otherwise when a run goes on: where files lie, over which devices it runs, when it says and writes what.
 _FREE = {
     *("model", "revision", "tokenizer", "run_dir", "mesh", "rules", "remat", "log_every", "eval", "eval_data"),
-    *("checkpoints", "to", "adapter_dtype"),
+    *("checkpoints", "samples", "to", "adapter_dtype"),
     "data",  # compared by the data's own state, which knows the content of the files
 }
 
@@ -68,6 +68,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._meetings = 0
+        self._writer: StateWriter | None = None
+        self._unfinished: tuple[Path, str] | None = None  # a checkpoint that is being written, and its notes
 
     def agreed(self, config: RunConfig, *, resume: bool) -> RunConfig:
         """The configuration to run with: as given, with the batch of the run that goes on. Writes nothing.
@@ -106,27 +108,52 @@ class RunFolder:
         found = [Checkpoint.read(folder) for folder in folders if _NAME.fullmatch(folder.name)]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
-    def save(self, state: TrainState, data: dict[str, Any], step: int, eval_loss: float | None) -> Path:
-        """Writes a checkpoint and returns its folder."""
+    def save(self, state: TrainState, data: dict[str, Any], step: int, eval_loss: float | None) -> None:
+        """Begins to write a checkpoint, which `finish` completes; `state` may be used up at once.
+
+        One that was begun before has to be finished.
+        """
+        assert self._unfinished is None, "two checkpoints at a time"
+        self._writer = self._writer or StateWriter()
         folder = self.path / _CHECKPOINTS / f"step_{step:06d}"
-        partial = folder.with_name(folder.name + _PARTIAL)
-        save_state(partial / _STATE, state)
+        self._writer.begin(_partial(folder) / _STATE, state)
+        self._unfinished = folder, json.dumps({"step": step, "eval_loss": eval_loss, "data": data})
+
+    def finish(self, config: CheckpointConfig, *, wait: bool) -> None:
+        """Gives the checkpoint that was begun its name if all of it is on the disk, and removes those not kept.
+
+        With `wait` it is waited for. Every process calls it, at the same steps.
+        """
+        if self._unfinished is None or self._writer is None:
+            return
+        self._meetings += 1
+        # The processes finish a state together, so that where one has done so the others do not wait long.
+        idle = hosts.shared(f"checkpoint {self._meetings}", str(int(self._writer.idle)))
+        if not wait and not int(idle):
+            return
+        (folder, notes), self._unfinished = self._unfinished, None
+        self._writer.wait()
         self._meet()
         if hosts.process_id() == 0:
-            _write(partial / _REST, json.dumps({"step": step, "eval_loss": eval_loss, "data": data}))
-            os.replace(partial, folder)
+            _write(_partial(folder) / _REST, notes)
+            os.replace(_partial(folder), folder)
             _sync_folder(folder.parent)
+            self._prune(config)
         self._meet()
-        return folder
 
-    def prune(self, keep: int, *, best: bool) -> None:
+    def close(self, config: CheckpointConfig) -> None:
+        """Ends what writes in the background. A process by itself finishes a checkpoint that was begun."""
+        if hosts.n_processes() == 1:
+            self.finish(config, wait=True)
+        if self._writer is not None:
+            self._writer.close()
+
+    def _prune(self, config: CheckpointConfig) -> None:
         """Removes all but the last `keep` checkpoints and, with `best`, the one with the lowest loss of evaluation."""
-        if hosts.process_id() != 0:
-            return
         found = self.checkpoints()
-        kept = {checkpoint.step for checkpoint in found[-keep:]}
+        kept = {checkpoint.step for checkpoint in found[-config.keep :]}
         evaluated = [(c.eval_loss, c.step) for c in found if c.eval_loss is not None]
-        if best and evaluated:
+        if config.best and evaluated:
             kept.add(min(evaluated)[1])
         for checkpoint in found:
             if checkpoint.step not in kept:
@@ -153,8 +180,13 @@ def _continued(saved: RunConfig, given: RunConfig, where: Path) -> RunConfig:
     return given
 
 
+def _partial(path: Path) -> Path:
+    """The name of a file or folder while it is written."""
+    return path.with_name(path.name + _PARTIAL)
+
+
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + _PARTIAL)
+    partial = _partial(path)
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -24,7 +23,7 @@ from ministral_jax.parameters import ParameterSpec, fill, parameter_specs, param
 from ministral_jax.stacked import StackedTransformer
 
 from .data.batches import Batch
-from .loss import cross_entropy
+from .objective import NextToken, Objective, Values
 from .optimizer import Optimizer
 
 Arrays = dict[str, Any]  # name -> array, or the shape of one
@@ -46,7 +45,8 @@ class TrainState:
 class Metrics(NamedTuple):
     """Of one step: the loss that was minimised, how many tokens it is of, the norm of its gradient before clipping.
 
-    A gradient that is not finite changes nothing but the number of steps: `finite` says so.
+    A gradient that is not finite changes nothing but the number of steps: `finite` says so. `values` are the means that
+    the objective names beside its loss.
     """
 
     loss: Float[Array, ""]
@@ -54,6 +54,15 @@ class Metrics(NamedTuple):
     gradient_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     finite: Bool[Array, ""]
+    values: Values
+
+
+class Sums(NamedTuple):
+    """Of one batch of evaluation: its loss, its weight, and what the objective names, each a sum over examples."""
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    values: Values
 
 
 def trained_specs(model: nnx.Module) -> dict[str, ParameterSpec]:
@@ -70,28 +79,24 @@ class TrainStep:
     """Compiles once for all batches of one shape: `state, metrics = step(state, batch)`.
 
     `model`, filled or not, gives the structure, layout and dtypes; weights are for `initial_state`. Microbatches
-    [A, B, T] follow each other and their gradients are added. Every trained token of the step counts the same, or, with
-    `rows_per_mean`, the loss is the plain mean over groups of so many rows of a microbatch of each group's own mean:
-    with the rows that one device has, that is what mistral-finetune minimises. `chunk` is as in `cross_entropy`,
-    `options` are XLA's.
+    [A, B, T] follow each other and their gradients are added. `objective` is what is minimised, by default the
+    cross-entropy of all trained tokens of the step. `options` are XLA's.
     """
 
     def __init__(
         self,
         model: StackedTransformer,
         optimizer: Optimizer,
+        objective: Objective | None = None,
         *,
-        rows_per_mean: int | None = None,
-        chunk: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.specs = parameter_specs(model)
         self.trained_specs = trained_specs(model)
         self.optimizer = optimizer
+        self.objective: Objective = objective or NextToken()
         self.layout = model.layout
         self._structure = fill(model, lambda _, spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype))
-        self._rows_per_mean = rows_per_mean
-        self._chunk = chunk
         # Arrays that come from the host, and results, lie where the layout says; the rest is there already.
         shardings: dict[str, Any] = {}
         loss_shardings: dict[str, Any] = {}
@@ -110,6 +115,11 @@ class TrainStep:
         )
         self._program: jax.stages.Compiled | None = None
         self._compiled_loss = jax.jit(self._evaluated, compiler_options=dict(options or {}), **loss_shardings)
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained, and not every weight."""
+        return len(self.trained_specs) < len(self.specs)
 
     def initial_state(self, model: StackedTransformer, key: jax.Array) -> TrainState:
         """The state before the first step. It takes over the arrays of a filled model, the trained ones as float32."""
@@ -160,8 +170,8 @@ class TrainStep:
         """The program before it is compiled, of arrays or of their shapes: for its memory and its cost."""
         return self._compiled.lower(*self._arguments(state, batch))
 
-    def evaluate(self, state: TrainState, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Sum of the weighted losses of a batch [B, T], and of its weights; without dropout."""
+    def evaluate(self, state: TrainState, batch: Batch) -> Sums:
+        """The sums of a batch [B, T], without dropout."""
         self._require_rows_divide(batch.tokens.shape[0])
         return self._compiled_loss(state.trained, state.frozen, batch)
 
@@ -173,10 +183,12 @@ class TrainStep:
         return model
 
     def _require_rows_divide(self, rows: int) -> None:
-        if self.layout is not None and rows % (ways := self.layout.ways("batch")):
+        ways = 1 if self.layout is None else self.layout.ways("batch")
+        along = "" if self.layout is None else f" over {' x '.join(self.layout.along('batch'))}={ways}"
+        if rows % (together := ways * self.objective.rows):
             raise ShardingError(
-                f"a batch of {rows} rows does not divide over {' x '.join(self.layout.along('batch'))}={ways}: "
-                f"expected a multiple of {ways} rows in each microbatch"
+                f"a batch of {rows} rows does not divide{along}: expected a multiple of {together} rows in each "
+                "microbatch"
             )
 
     def _arguments(self, state: TrainState, batch: Batch) -> tuple[Any, ...]:
@@ -198,52 +210,32 @@ class TrainStep:
 
         return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self.optimizer.init, structs))
 
-    def _evaluated(self, trained: Arrays, frozen: Arrays, batch: Batch) -> tuple[Array, Array]:
-        return self._loss(trained, frozen, None, batch)
-
-    def _loss(self, trained: Arrays, frozen: Arrays, key: Array | None, batch: Any) -> tuple[Array, Array]:
-        """Sums over one microbatch [B, T], a Batch that is on the device."""
-        model = self.model(trained, frozen, key)
-        hidden = model.hidden(batch.tokens, batch.positions, batch.segment_ids)  # [B, T, D]
-        head = model.head.weight[...]
-        return cross_entropy(hidden, head, batch.targets, batch.loss_weights, chunk=self._chunk, layout=self.layout)
+    def _evaluated(self, trained: Arrays, frozen: Arrays, batch: Any) -> Sums:
+        weights = self.objective.weights(batch)
+        loss, values = self.objective.sums(self.model(trained, frozen, None), batch, weights)
+        return Sums(loss, weights.sum(), values)
 
     def _step(
         self, trained: Arrays, moments: optax.OptState, step: Array, frozen: Arrays, key: Array, batch: Any
     ) -> tuple[Arrays, optax.OptState, Array, Metrics]:
-        weights = shares(batch.loss_weights, self._rows_per_mean)  # [A, B, T]
-        keys = jax.random.split(jax.random.fold_in(key, step), weights.shape[0])
-        gradient_of = jax.value_and_grad(lambda *arguments: self._loss(*arguments)[0])
+        objective = self.objective
+        shares = objective.shares(objective.weights(batch))
+        keys = jax.random.split(jax.random.fold_in(key, step), batch.tokens.shape[0])
 
-        def add(sums: tuple[Array, Arrays], part: tuple[Any, Array]) -> tuple[tuple[Array, Arrays], None]:
-            found = gradient_of(trained, frozen, part[1], part[0])
+        def loss(trained: Arrays, batch: Any, share: Array, key: Array) -> tuple[Array, Values]:
+            return objective.sums(self.model(trained, frozen, key), batch, share)
+
+        def add(sums: Any, part: tuple[Any, Array, Array]) -> tuple[Any, None]:
+            found = jax.value_and_grad(loss, has_aux=True)(trained, *part)
             return jax.tree.map(jnp.add, sums, found), None
 
-        start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
-        (loss, gradients), _ = jax.lax.scan(add, start, (batch._replace(loss_weights=weights), keys))
+        zero = jnp.zeros((), jnp.float32)
+        start = ((zero, dict.fromkeys(objective.names, zero)), jax.tree.map(jnp.zeros_like, trained))
+        ((total, values), gradients), _ = jax.lax.scan(add, start, (batch, shares, keys))
         norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        finite = jnp.isfinite(norm) & jnp.isfinite(total)
         updated = self.optimizer.update(gradients, moments, trained, step)
         trained, moments = jax.tree.map(functools.partial(jnp.where, finite), updated, (trained, moments))
         tokens = jnp.count_nonzero(batch.loss_weights)
-        metrics = Metrics(loss, tokens, norm, self.optimizer.config.rate(step), finite)
+        metrics = Metrics(total, tokens, norm, self.optimizer.config.rate(step), finite, values)
         return trained, moments, step + 1, metrics
-
-
-def shares(weights: Float[Array, "A B T"], rows_per_mean: int | None) -> Float[Array, "A B T"]:
-    """Weights that add up to 1 over the step, or over each group of rows to the same; see TrainStep.
-
-    A group without weight adds nothing, but counts.
-    """
-    n_micro, rows, length = weights.shape
-    if rows_per_mean is None:
-        return weights / _or_one(weights.sum())
-    if rows % rows_per_mean:
-        raise ConfigError(f"a microbatch of {rows} rows does not divide into groups of {rows_per_mean}")
-    groups = weights.reshape(n_micro, rows // rows_per_mean, rows_per_mean * length)
-    means = groups / _or_one(groups.sum(axis=-1, keepdims=True))
-    return (means / np.prod(groups.shape[:2])).reshape(weights.shape)
-
-
-def _or_one(total: Array) -> Array:
-    return jnp.where(total > 0, total, 1.0)

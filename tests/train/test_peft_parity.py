@@ -21,8 +21,9 @@ from ministral_jax.stacked import Pattern, StackedTransformer, Unstacked, attach
 from tests.golden.models import VOCAB, by_name
 from train.data.batches import Batch
 from train.loss import cross_entropy
+from train.objective import NextToken
 from train.optimizer import Optimizer, OptimizerConfig
-from train.step import TrainStep, shares, trained_specs
+from train.step import TrainStep, trained_specs
 
 pytestmark = [
     pytest.mark.parity,
@@ -119,7 +120,7 @@ def our_gradients(step: TrainStep, pattern: Pattern, state: Any, batch: Batch) -
 
 
 def shares_of(batch: Batch) -> np.ndarray:
-    return np.asarray(shares(jax.numpy.asarray(batch.loss_weights), None))
+    return np.asarray(NextToken().shares(jax.numpy.asarray(batch.loss_weights)))
 
 
 def assert_close(found: Any, expected: dict[str, np.ndarray]) -> None:
@@ -138,7 +139,7 @@ def test_gradients_and_five_steps_are_those_of_peft_and_torch(name: str, tmp_pat
     first = adapters(theirs)
     assert all(np.any(array) == name.endswith("lora_a") for name, array in first.items())
     model = our_model(name, tmp_path, first)
-    step = TrainStep(model, Optimizer(CONFIG, trained_specs(model)), chunk=32, options=QUICK)
+    step = TrainStep(model, Optimizer(CONFIG, trained_specs(model)), NextToken(chunk=32), options=QUICK)
     state = step.initial_state(model, jax.random.key(0))
     trainable = [weight for weight in theirs.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(

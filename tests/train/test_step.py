@@ -25,8 +25,9 @@ from ministral_jax.stacked import StackedTransformer, attach_adapters
 from ministral_jax.transformer import Transformer
 from tests.checkpoint_files import tiny_config
 from train.data.batches import Batch
+from train.objective import NextToken
 from train.optimizer import Optimizer, OptimizerConfig
-from train.step import Metrics, TrainState, TrainStep, shares, trained_specs
+from train.step import Metrics, TrainState, TrainStep, trained_specs
 
 ROWS, LENGTH = 8, 12
 CLOSE = 1e-5
@@ -110,7 +111,7 @@ def losses_and_weights(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     state = adapter_step().initial_state(model_of(rank=3), jax.random.key(0))
     alone = [np.where(np.arange(ROWS)[:, None] == row, batch.loss_weights, 0) for row in range(ROWS)]
     sums = [adapter_step().evaluate(state, batch._replace(loss_weights=weights)) for weights in alone]
-    losses, weights = np.asarray(sums).T
+    losses, weights, _ = map(np.asarray, zip(*sums, strict=True))
     return losses, weights
 
 
@@ -124,18 +125,19 @@ def test_the_loss_is_the_mean_over_all_trained_tokens() -> None:
 def test_the_loss_is_the_mean_over_groups_of_rows_of_their_means_if_asked_for() -> None:
     losses, weights = losses_and_weights(batch_of())
     model = model_of(rank=3)
-    _, metrics = run(stepper(model, rows_per_mean=2), model, in_microbatches(batch_of(), 2))
+    _, metrics = run(stepper(model, objective=NextToken(rows_per_mean=2)), model, in_microbatches(batch_of(), 2))
     pairs = losses.reshape(4, 2).sum(axis=1) / weights.reshape(4, 2).sum(axis=1)
     np.testing.assert_allclose(float(metrics.loss), pairs.mean(), rtol=CLOSE)
 
 
 def test_shares_of_a_group_without_trained_tokens_are_zero() -> None:
     weights = jnp.asarray([[[1.0, 1.0], [0.0, 0.0]], [[2.0, 0.0], [0.0, 3.0]]])
-    np.testing.assert_allclose(np.asarray(shares(weights, 1)).sum(axis=(2,)), [[0.25, 0.0], [0.25, 0.25]])
-    np.testing.assert_allclose(np.asarray(shares(weights, None)), np.asarray(weights) / 7)
-    assert not np.asarray(shares(0 * weights, None)).any()
+    by_row = np.asarray(NextToken(rows_per_mean=1).shares(weights)).sum(axis=2)
+    np.testing.assert_allclose(by_row, [[0.25, 0.0], [0.25, 0.25]])
+    np.testing.assert_allclose(np.asarray(NextToken().shares(weights)), np.asarray(weights) / 7)
+    assert not np.asarray(NextToken().shares(0 * weights)).any()
     with pytest.raises(ConfigError, match="a microbatch of 2 rows does not divide into groups of 3"):
-        shares(weights, 3)
+        NextToken(rows_per_mean=3).shares(weights)
 
 
 def test_packed_segments_are_separate_sequences() -> None:
@@ -187,7 +189,7 @@ def test_dropout_follows_the_key_of_the_run_and_is_off_in_evaluation() -> None:
     assert loss(0) == loss(0)
     assert len({loss(0), loss(1), loss(0, done=1)}) == 3
     state = step.initial_state(model_of(rank=3, dropout=0.4), jax.random.key(0))
-    total, weight = step.evaluate(state, batch_of())
+    total, weight, _ = step.evaluate(state, batch_of())
     _, metrics = run(adapter_step(), model_of(rank=3), batch)
     np.testing.assert_allclose(float(total / weight), float(metrics.loss), rtol=CLOSE)
 

@@ -23,7 +23,7 @@ with empty rows of weight 0. `epochs=N` ends likewise; without epochs there is a
 
 A trainer's YAML file gives both configs: `data_configs(its data section)` of run_file.py.
 
-Preference pairs come from `open_pairs`, which takes the same arguments and gives `PairBatch(chosen, rejected)`.
+Preference pairs come from `open_pairs`, which takes the same arguments and gives two rows for each pair.
 
 The files: config.py (options), run_file.py (options from YAML), formats.py and messages.py (what a line may say),
 samples.py, tokens.py and call_ids.py (ids, and which of them are trained), sources.py (files and lines), packing.py and

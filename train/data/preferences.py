@@ -1,7 +1,6 @@
-"""Batches of preference pairs, one pair a row. What is learned from them is no concern of this file."""
+"""Batches of preference pairs, two rows a pair. What is learned from them is no concern of this file."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ministral_jax.tokenizer import Tokenizer
 
@@ -12,12 +11,7 @@ from .packing import OneEach, Row, Segment
 from .pipeline import Batches, BatchShape, fingerprint
 from .tokens import SampleEncoder
 
-
-class PairBatch(NamedTuple):
-    """Row i of both is one pair; `loss_weights` are 1 on the answers, and 0 in a row that only fills up the batch."""
-
-    chosen: Batch
-    rejected: Batch
+ROWS = 2  # of a pair
 
 
 def open_pairs(
@@ -29,10 +23,12 @@ def open_pairs(
     seed: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Batches[PairBatch]:
-    """Batches of the config's preference pairs; the arguments, and what it raises, are `open_data`'s.
+) -> Batches[Batch]:
+    """Batches of the config's preference pairs, `batch_size` of them; the rest, and what it raises, are `open_data`'s.
 
-    A pair is not packed. Where one of its conversations is longer than `seq_len`, both are cut or the pair is dropped.
+    Rows 2 i and 2 i + 1 are the chosen and the rejected conversation of pair i, whose `loss_weights` are 1 on the
+    answers; both are padding where a pair only fills up the batch. A pair is not packed. Where one of its conversations
+    is longer than `seq_len`, both are cut or the pair is dropped.
     """
     return Batches(
         Corpus(config, ("preference",), seed),
@@ -46,16 +42,12 @@ def open_pairs(
     )
 
 
-def fill_pairs(rows: Sequence[Row], seq_len: int) -> PairBatch:
-    """The batch of rows that hold one pair each; an empty row is padding in both."""
-    chosen, rejected = (
-        [
-            Row(
-                Segment(part.key, getattr(part.sample, side), 0, len(getattr(part.sample, side)))
-                for part in row.segments
-            )
-            for row in rows
-        ]
-        for side in ("chosen", "rejected")
-    )
-    return PairBatch(fill_batch(chosen, seq_len), fill_batch(rejected, seq_len))
+def fill_pairs(rows: Sequence[Row], seq_len: int) -> Batch:
+    """The batch of rows that hold one pair each; an empty row is padding, twice."""
+    apart = [Row(_side(segment, side) for segment in row.segments) for row in rows for side in ("chosen", "rejected")]
+    return fill_batch(apart, seq_len)
+
+
+def _side(segment: Segment, side: str) -> Segment:
+    sample = getattr(segment.sample, side)
+    return Segment(segment.key, sample, 0, len(sample))

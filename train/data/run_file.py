@@ -11,7 +11,7 @@ from ministral_jax.errors import MinistralError
 
 from .config import DataConfig
 
-_EVALUATION = "eval_instruct_data"
+EVALUATION = ("eval_instruct_data", "eval_preference_data")  # sources to evaluate on, beside the fields of DataConfig
 _THEIR_MODEL, _OUR_MODEL = "model_id_or_path", "model"
 
 
@@ -56,17 +56,17 @@ def data_configs(
 ) -> tuple[DataConfig, DataConfig | None]:
     """The config of a YAML file's data section, and that of its evaluation data if there is any.
 
-    The section holds fields of DataConfig and `eval_instruct_data`. With `like_mistral_finetune` it holds that
+    The section holds fields of DataConfig and EVALUATION. With `like_mistral_finetune` it holds that
     program's (`instruct.shuffle`, `instruct.dynamic_chunk_fn_call`), and its rules of training and packing are taken.
 
     Raises:
         MinistralError: an unknown field, or a value that is not allowed.
     """
     values = dict(section)
-    evaluation = _source_text(values.pop(_EVALUATION, None), _EVALUATION)
+    instruct_data, preference_data = (_source_text(values.pop(name, None), name) for name in EVALUATION)
     instruct = _mapping(values.pop("instruct", {}), "data.instruct") if like_mistral_finetune else {}
     known = {field.name for field in fields(DataConfig)}
-    _refuse_unknown(values, known | {_EVALUATION}, "data")
+    _refuse_unknown(values, known | {*EVALUATION}, "data")
     _refuse_unknown(instruct, {"shuffle", "dynamic_chunk_fn_call"}, "data.instruct")
     for name in ("data", "instruct_data", "preference_data"):
         if name in values:
@@ -75,9 +75,10 @@ def data_configs(
     if like_mistral_finetune:
         config = replace(config.like_mistral_finetune(), shuffle=_flag(instruct, "shuffle"))
         config = replace(config, tool_prefixes=config.shuffle and _flag(instruct, "dynamic_chunk_fn_call"))
-    if not evaluation:
+    if not instruct_data and not preference_data:
         return config, None
-    return config, replace(config, data="", instruct_data=evaluation, preference_data="").for_evaluation()
+    sources = {"data": "", "instruct_data": instruct_data, "preference_data": preference_data}
+    return config, replace(config, **sources).for_evaluation()
 
 
 def read_document(path: Path) -> Mapping[str, Any]:

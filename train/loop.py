@@ -1,0 +1,202 @@
+"""The steps of a fine-tuning run, and what is due between them: metrics, evaluations, checkpoints, samples."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ministral_jax.config import ModelConfig
+from ministral_jax.errors import MinistralError
+from ministral_jax.sharding import hosts
+
+from .config import RunConfig
+from .data.batches import Batch
+from .data.pipeline import Batches
+from .metrics import (
+    EVAL_FILE,
+    SAMPLES_FILE,
+    TRAIN_FILE,
+    MetricsFile,
+    peak_flops,
+    peak_memory,
+    perplexity,
+    step_flops,
+    tokens_in,
+)
+from .preview import Preview
+from .run_folder import RunFolder
+from .step import BATCH_AXES, Metrics, TrainState, TrainStep
+
+logger = logging.getLogger(__name__)
+
+_MOST_LOST = 10  # steps in a row whose gradients are not finite
+
+Row = dict[str, Any]
+
+
+class Loop:
+    """The steps of a run. What it changes is in the folder; the state of training goes in and out."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        step: TrainStep,
+        data: Batches[Batch],
+        evaluation: Batches[Batch] | None,
+        preview: Preview | None,
+        model: ModelConfig,
+        report: Callable[[Row], object],
+    ) -> None:
+        self._config, self._folder, self._step, self._model = config, folder, step, model
+        self._data, self._evaluation, self._preview = data, evaluation, preview
+        self._evaluation_start = None if evaluation is None else evaluation.state()
+        self._report = report
+        self._train_rows = MetricsFile(folder.path / TRAIN_FILE)
+        self._eval_rows = MetricsFile(folder.path / EVAL_FILE)
+        self._samples = MetricsFile(folder.path / SAMPLES_FILE)
+        n_devices = 1 if step.layout is None else step.layout.mesh.size
+        self._peak_flops = peak_flops(jax.devices()[0].device_kind, n_devices)
+        self._lost = 0
+        self._began: tuple[int, float] | None = None  # a step, and when it had ended: what the time left is told by
+
+    def train(self, state: TrainState, start: int, stopped: Callable[[], int | None]) -> tuple[TrainState, int]:
+        """Takes the steps after `start` until the last, the end of the data, or a signal; returns the last taken."""
+        if hosts.process_id() == 0:
+            for rows in (self._train_rows, self._eval_rows, self._samples):
+                rows.cut_after(start)
+        try:
+            return self._steps(state, start, stopped)
+        finally:
+            self._folder.close(self._config.checkpoints)
+
+    def _steps(self, state: TrainState, start: int, stopped: Callable[[], int | None]) -> tuple[TrainState, int]:
+        number = start
+        batch = None if self._stops(start, stopped) else self._next(start)
+        while batch is not None:
+            begin = time.perf_counter()
+            state, metrics = self._step(state, self._in_microbatches(batch))
+            number += 1
+            stops = self._stops(number, stopped)
+            place = self._data.state()  # before the next batch is drawn, while the devices are at work
+            following = None if stops else self._next(number)
+            self._tell(number, batch, metrics, begin)
+            self._require_finite(metrics, number)
+            self._between(state, number, place, ends=following is None and not stops, stops=stops)
+            batch = following
+        return state, number
+
+    def _next(self, number: int) -> Batch | None:
+        """The batch of the step after `number`; None after the last."""
+        return None if number >= self._config.max_steps else next(self._data, None)
+
+    def _stops(self, number: int, stopped: Callable[[], int | None]) -> bool:
+        """Whether a signal ends the run after step `number`; among several processes, one that process 0 got."""
+        return bool(int(hosts.shared(f"stops after {number}", str(int(stopped() is not None)))))
+
+    def _in_microbatches(self, batch: Batch) -> Batch:
+        """[A, B, T] on the devices, of [A B, T] on the host."""
+        shape = (self._config.num_microbatches, -1, self._config.seq_len)
+        parts = Batch(*(array.reshape(shape) for array in batch))
+        return parts if self._step.layout is None else self._step.layout.put(parts, *BATCH_AXES)
+
+    def _require_finite(self, metrics: Metrics, number: int) -> None:
+        self._lost = 0 if bool(metrics.finite) else self._lost + 1
+        if self._lost:
+            logger.warning("step %d: the gradient is not finite, and nothing was changed", number)
+        if self._lost == _MOST_LOST:
+            raise MinistralError(
+                f"step {number}: {_MOST_LOST} gradients in a row are not finite; take a lower optimizer.learning_rate "
+                "or dtype: float32, and see whether the base itself gives finite scores (`ministral score`)"
+            )
+
+    def _tell(self, number: int, batch: Batch, metrics: Metrics, begin: float) -> None:
+        loss = float(metrics.loss)  # waits for the step
+        now = time.perf_counter()
+        seconds = now - begin
+        if self._began is None:
+            self._began = (number, now)  # the first step may have waited for the compiler
+        if number % self._config.log_every and number != self._config.max_steps:
+            return
+        done = number - self._began[0]
+        each = (now - self._began[1]) / done if done else seconds
+        flops = step_flops(
+            self._model,
+            batch,
+            full=not self._step.trains_adapters,
+            reference=self._config.preference is not None,
+        )
+        row: Row = {
+            "step": number,
+            "loss": loss,
+            **{name: float(value) for name, value in metrics.values.items()},
+            "learning_rate": float(metrics.learning_rate),
+            "gradient_norm": float(metrics.gradient_norm),
+            "trained_tokens": int(metrics.tokens),
+            "tokens": tokens_in(batch),
+            "seconds": seconds,
+            "tokens_per_second": tokens_in(batch) / seconds,
+            "mfu": None if self._peak_flops is None else flops / seconds / self._peak_flops,
+            "peak_bytes": peak_memory(),
+            "eta_seconds": each * (self._config.max_steps - number),
+        }
+        if hosts.process_id() == 0:
+            self._train_rows.add(row)
+            self._report(row)
+
+    def _between(self, state: TrainState, number: int, place: dict[str, Any], *, ends: bool, stops: bool) -> None:
+        """What is due after a step: an evaluation, samples, a checkpoint."""
+        checkpoints = self._config.checkpoints
+        loss = None
+        if self._evaluation is not None and (ends or self._due(self._config.eval.every, number)):
+            loss = self._evaluate(state, number)
+        if self._preview is not None and (ends or self._due(self._config.samples.every, number)):
+            self._sample(self._preview, state, number)
+        due = ends or stops or self._due(checkpoints.every, number)
+        self._folder.finish(checkpoints, wait=due)  # the one before
+        if due:
+            self._folder.save(state, place, number, loss)
+        if ends or stops:
+            self._folder.finish(checkpoints, wait=True)
+
+    def _due(self, every: int, number: int) -> bool:
+        return every > 0 and number % every == 0
+
+    def _evaluate(self, state: TrainState, number: int) -> float:
+        """The loss over the data of evaluation, in nats per trained token, or of preferences per pair."""
+        assert self._evaluation is not None
+        assert self._evaluation_start is not None
+        self._evaluation.restore(self._evaluation_start)
+        total = weight = 0.0
+        values = dict.fromkeys(self._step.objective.names, 0.0)
+        for count, batch in enumerate(self._evaluation):
+            if count == self._config.eval.batches:
+                break
+            layout = self._step.layout
+            placed = batch if layout is None else layout.put(batch, *BATCH_AXES[1:])
+            sums = self._step.evaluate(state, placed)
+            total, weight = total + float(sums.loss), weight + float(sums.weight)
+            values = {name: value + float(sums.values[name]) for name, value in values.items()}
+        if not weight:
+            raise MinistralError("the data of evaluation: nothing in it to evaluate on: `ministral data validate`")
+        loss = total / weight
+        if self._config.preference is None:
+            beside: Row = {"perplexity": perplexity(loss), "tokens": int(weight)}
+        else:
+            beside = {name: value / weight for name, value in values.items()} | {"pairs": int(weight)}
+        if hosts.process_id() == 0:
+            self._eval_rows.add({"step": number, "loss": loss, **beside})
+        told = ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in beside.items())
+        logger.info("step %d: evaluation loss %.4f, %s", number, loss, told)
+        return loss
+
+    def _sample(self, preview: Preview, state: TrainState, number: int) -> None:
+        """What the model answers now, into its file and to whoever watches."""
+        for prompt, text in zip(preview.prompts, preview(state), strict=True):
+            if hosts.process_id() == 0:
+                self._samples.add({"step": number, "prompt": prompt, "text": text})
+            logger.info("step %d: %r -> %r", number, prompt, text)
