@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 from ministral_jax.sharding.layout import Layout
 from ministral_jax.sharding.meshes import make_mesh
 from ministral_jax.sharding.rules import RULES
-from train.loss import cross_entropy
+from train.loss import cross_entropy, row_log_probs
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 6, 16, 24
 
@@ -130,3 +130,34 @@ def test_131072_words_and_8192_tokens_take_a_tenth_of_the_plain_memory(trained: 
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(lambda *a: cross_entropy(*a)[0]) * 10 <= temporary(plain)
+
+
+def plain_rows(hidden: Any, head: Any, targets: Any, weights: Any) -> jax.Array:
+    return -jax.vmap(plain, (0, None, 0, 0))(hidden, head, targets, weights)
+
+
+def counted(rows: jax.Array) -> jax.Array:
+    """Something of the rows that lets each count differently."""
+    return jnp.sum(jnp.sin(rows) * jnp.arange(1, 1 + len(rows)))
+
+
+@pytest.mark.parametrize("mesh", [None, "fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
+def test_rows_have_the_log_probabilities_of_the_plain_formula_and_each_its_own_gradient(mesh: str | None) -> None:
+    layout = None if mesh is None else Layout(make_mesh(mesh), RULES["all"])
+    given = arguments()
+
+    def ours(hidden: Any) -> jax.Array:
+        return row_log_probs(hidden, *given[1:], chunk=5, layout=layout)
+
+    def theirs(hidden: Any) -> jax.Array:
+        return plain_rows(hidden, *given[1:])
+
+    assert_close(jax.jit(ours)(given[0]), theirs(given[0]), 1e-6)
+    found = jax.jit(jax.grad(lambda hidden: counted(ours(hidden))))(given[0])
+    assert_close(found, jax.grad(lambda hidden: counted(theirs(hidden)))(given[0]), 1e-4)
+
+
+def test_rows_give_no_gradient_of_the_head() -> None:
+    hidden, head, targets, weights = arguments()
+    with pytest.raises(ValueError, match="differentiated in head"):
+        jax.grad(lambda head: row_log_probs(hidden, head, targets, weights).sum())(head)

@@ -6,6 +6,8 @@ out, and takes its segments from the positions.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ministral_jax.stacked import Pattern, StackedTransformer, Unstacked, attach
 from tests.golden.models import VOCAB, by_name
 from train.data.batches import Batch
 from train.loss import cross_entropy
-from train.objective import NextToken
+from train.objective import NextToken, Preference, PreferenceConfig
 from train.optimizer import Optimizer, OptimizerConfig
 from train.step import TrainStep, trained_specs
 
@@ -94,6 +96,27 @@ def backward(torch: Any, model: Any, batch: Batch) -> float:
     return total
 
 
+def backward_of_pairs(torch: Any, model: Any, batch: Batch, config: PreferenceConfig) -> float:
+    """Gradients of DPO's mean loss over all pairs, the reference being PEFT's model with its adapter disabled."""
+    model.zero_grad()
+    total = 0.0
+
+    def log_probs(tokens: Any, targets: Any, weights: Any, positions: Any) -> Any:
+        logits = model(input_ids=tokens.long(), position_ids=positions.long(), use_cache=False).logits
+        found = torch.gather(logits.log_softmax(-1), -1, targets.long()[..., None])[..., 0]
+        return (found * weights).sum(-1)
+
+    for micro in zip(*batch, strict=True):
+        arrays = [torch.from_numpy(array) for array in micro[:4]]
+        with torch.no_grad(), model.disable_adapter():
+            reference = log_probs(*arrays)
+        chosen, rejected = (log_probs(*arrays) - reference).reshape(-1, 2).T
+        loss = -torch.nn.functional.logsigmoid(config.beta * (chosen - rejected)).sum() * 2 / (MICROBATCHES * ROWS)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def our_model(name: str, folder: Path, first: dict[str, np.ndarray]) -> StackedTransformer:
     """The checkpoint that transformers saved, read into stacks, with PEFT's first adapters."""
     from tests.golden.make_golden import transformers_model
@@ -130,16 +153,18 @@ def assert_close(found: Any, expected: dict[str, np.ndarray]) -> None:
         assert error <= CLOSE * np.ptp(array), f"{name}: {error} of {np.ptp(array)}"
 
 
-@pytest.mark.parametrize("name", ["mistral_window", "ministral3"])
-def test_gradients_and_five_steps_are_those_of_peft_and_torch(name: str, tmp_path: Path) -> None:
+def assert_same_steps(
+    name: str, folder: Path, objective: NextToken | Preference, backward: Callable[[Any, Any, Batch], float]
+) -> None:
+    """Loss, norm, rate and adapters of five steps; gradients of the first and the last if it is of tokens."""
     torch: Any = pytest.importorskip("torch")
     transformers: Any = pytest.importorskip("transformers")
     torch.manual_seed(0)
     theirs = peft_model(name)
     first = adapters(theirs)
     assert all(np.any(array) == name.endswith("lora_a") for name, array in first.items())
-    model = our_model(name, tmp_path, first)
-    step = TrainStep(model, Optimizer(CONFIG, trained_specs(model)), NextToken(chunk=32), options=QUICK)
+    model = our_model(name, folder, first)
+    step = TrainStep(model, Optimizer(CONFIG, trained_specs(model)), objective, options=QUICK)
     state = step.initial_state(model, jax.random.key(0))
     trainable = [weight for weight in theirs.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -148,7 +173,7 @@ def test_gradients_and_five_steps_are_those_of_peft_and_torch(name: str, tmp_pat
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, CONFIG.warmup_steps, CONFIG.steps)
     for number, batch in enumerate(batches()):
         expected_loss = backward(torch, theirs, batch)
-        if number in (0, STEPS - 1):  # at B = 0, and where A has gradients too
+        if number in (0, STEPS - 1) and isinstance(objective, NextToken):  # at B = 0, and where A has gradients too
             assert_close(our_gradients(step, model.pattern, state, batch), adapters(theirs, gradients=True))
         norm = torch.nn.utils.clip_grad_norm_(trainable, CONFIG.clip_norm)
         rate = optimizer.param_groups[0]["lr"]
@@ -161,3 +186,15 @@ def test_gradients_and_five_steps_are_those_of_peft_and_torch(name: str, tmp_pat
         assert_close(Unstacked(state.trained, model.pattern), adapters(theirs))
     moved = {name: np.abs(array - first[name]).max() for name, array in adapters(theirs).items()}
     assert min(moved.values()) > 0.2 * CONFIG.learning_rate
+
+
+@pytest.mark.parametrize("name", ["mistral_window", "ministral3"])
+def test_gradients_and_five_steps_are_those_of_peft_and_torch(name: str, tmp_path: Path) -> None:
+    assert_same_steps(name, tmp_path, NextToken(chunk=32), backward)
+
+
+def test_five_steps_of_preferences_are_those_of_peft_with_and_without_its_adapter(tmp_path: Path) -> None:
+    """Its pairs are the two rows of each microbatch."""
+    config = PreferenceConfig(beta=0.05)
+    pairs = functools.partial(backward_of_pairs, config=config)
+    assert_same_steps("mistral_window", tmp_path, Preference(config, chunk=32), pairs)
