@@ -55,16 +55,6 @@ class StateWriter:
         self._checkpointer.close()
 
 
-def save_state(folder: Path, state: TrainState) -> None:
-    """Writes a state as StateWriter does, and waits for the disk."""
-    writer = StateWriter()
-    try:
-        writer.begin(folder, state)
-        writer.wait()
-    finally:
-        writer.close()
-
-
 def restore_state(folder: Path, like: TrainState) -> TrainState:
     """The state in `folder`, in the places of `like`: a state of arrays or of their shapes, with arrays as `frozen`.
 

@@ -24,22 +24,30 @@ from .step import Arrays, TrainState, TrainStep
 _LENGTHS = 64  # sequences are a multiple of so many tokens long
 
 
+def encoded_prompts(config: SamplesConfig, tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
+    """The ids of a run's prompts. Raises ConfigError for one that leaves no room for an answer in `max_length`."""
+    if config.chat:
+        prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]).tokens for text in config.prompts]
+    else:
+        prompts = [tokenizer.encode(text, bos=True) for text in config.prompts]
+    longest = max(map(len, prompts), default=0)
+    if longest + config.max_tokens > max_length:
+        raise ConfigError(
+            f"samples: a prompt of {longest} tokens and max_tokens={config.max_tokens} are more than the model's "
+            f"context of {max_length}"
+        )
+    return prompts
+
+
 class Preview:
-    """Answers a run's prompts with the likeliest tokens of a state; compiles once, on the first call.
+    """Answers a run's prompts, encoded as `prompts`, with the likeliest tokens; compiles once, on the first call."""
 
-    Raises ConfigError for a prompt that leaves no room for an answer in the model's context.
-    """
-
-    def __init__(self, step: TrainStep, config: SamplesConfig, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(
+        self, step: TrainStep, config: SamplesConfig, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer
+    ) -> None:
         self.prompts = config.prompts
         self._step, self._tokenizer, self._max_tokens = step, tokenizer, config.max_tokens
-        self._ids = [_encoded(prompt, tokenizer, config.chat) for prompt in config.prompts]
-        longest = max(map(len, self._ids))
-        if longest + config.max_tokens > max_length:
-            raise ConfigError(
-                f"samples: a prompt of {longest} tokens and max_tokens={config.max_tokens} are more than the model's "
-                f"context of {max_length}"
-            )
+        self._ids = prompts
         layout = step.layout
         self._tokens, self._lengths = _padded(
             self._ids,
@@ -81,12 +89,6 @@ class Preview:
 
         start = (tokens, jnp.zeros((), jnp.int32), jnp.zeros(len(lengths), bool))
         return jax.lax.while_loop(goes_on, add, start)[0]
-
-
-def _encoded(prompt: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
-    if chat:
-        return list(tokenizer.encode_chat([{"role": "user", "content": prompt}]).tokens)
-    return tokenizer.encode(prompt, bos=True)
 
 
 def _padded(

@@ -38,7 +38,7 @@ from .memory_estimate import estimate, require_fits
 from .metrics import device_memory
 from .objective import NextToken, Objective, Preference
 from .optimizer import Optimizer
-from .preview import Preview
+from .preview import Preview, encoded_prompts
 from .run_folder import RunFolder
 from .signals import stop_signals
 from .step import TrainState, TrainStep, trained_specs
@@ -87,8 +87,9 @@ def run(config: RunConfig, *, resume: bool = False, report: Callable[[Row], obje
     checkpoints = folder.checkpoints() if resume else []
     if checkpoints:
         data.restore(checkpoints[-1].data)
+    prompts = encoded_prompts(config.samples, base.tokenizer, base.config.max_length) if config.samples.prompts else []
     step, state = _begin(config, base)
-    preview = Preview(step, config.samples, base.tokenizer, base.config.max_length) if config.samples.prompts else None
+    preview = Preview(step, config.samples, prompts, base.tokenizer) if prompts else None
     folder.create(config)
     start = checkpoints[-1].step if checkpoints else 0
     if checkpoints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from ministral_jax.errors import CheckpointError
 from ministral_jax.sharding.layout import Layout, layout_for
 from ministral_jax.sharding.meshes import make_mesh
 from tests.checkpoint_files import tiny_config
-from train.checkpoints import restore_state, save_state
+from train.checkpoints import StateWriter, restore_state
 from train.step import TrainState, TrainStep
 
 from .test_step import batch_of, in_microbatches, model_of, stepper
@@ -31,6 +32,15 @@ def begun(mesh: str | None) -> tuple[TrainStep, TrainState]:
     return step, state
 
 
+def save_state(folder: Path, state: TrainState) -> None:
+    writer = StateWriter()
+    try:
+        writer.begin(folder, state)
+        writer.wait()
+    finally:
+        writer.close()
+
+
 def assert_same(found: TrainState, expected: TrainState) -> None:
     """Values, bit for bit; keys by their numbers."""
     for one, other in ((found.trained, expected.trained), (found.moments, expected.moments)):
@@ -44,6 +54,49 @@ def test_a_state_is_restored_bit_for_bit(tmp_path: Path) -> None:
     save_state(tmp_path / "1", state)
     fresh = step.initial_state(model_of(rank=4), jax.random.key(9))
     assert_same(restore_state(tmp_path / "1", fresh), state)
+
+
+def test_a_state_that_is_being_written_may_be_used_up_by_the_next_steps(tmp_path: Path) -> None:
+    """What is on the disk in the end is the state as it was."""
+    step, state = begun(None)
+    before = jax.tree.map(lambda array: np.array(array), (state.trained, state.moments))
+    writer = StateWriter()
+    assert writer.idle
+    writer.begin(tmp_path / "1", state)
+    for _ in range(3):
+        state, _ = step(state, in_microbatches(batch_of(), 1))
+    writer.begin(tmp_path / "4", state)  # waits for the first
+    writer.wait()
+    assert writer.idle
+    writer.close()
+    first = restore_state(tmp_path / "1", state)
+    jax.tree.map(np.testing.assert_array_equal, (first.trained, first.moments), before)
+    assert (int(first.step), int(restore_state(tmp_path / "4", state).step)) == (1, 4)
+
+
+class FullDisk:
+    """A checkpointer that fails in the background."""
+
+    def save(self, *_: Any) -> None: ...
+
+    def wait_until_finished(self) -> None:
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None: ...
+
+
+def test_what_keeps_a_state_from_the_disk_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
+    _, state = begun(None)
+    writer: Any = StateWriter()
+    writer._checkpointer.close()
+    writer._checkpointer = FullDisk()
+    writer.begin(tmp_path / "1", state)
+    with pytest.raises(OSError, match="No space left"):
+        writer.begin(tmp_path / "2", state)
+    writer.begin(tmp_path / "2", state)
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    writer.close()
 
 
 @pytest.mark.long

@@ -12,10 +12,13 @@ from ministral_jax.errors import MinistralError
 from ministral_jax.lora import LoraConfig
 from train.config import CheckpointConfig, EvalConfig, RunConfig, read_run_config, run_config
 from train.data.config import DataConfig
+from train.objective import PreferenceConfig
 from train.optimizer import OptimizerConfig, compat_config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 OURS: dict[str, Any] = {"model": "m", "run_dir": "r", "data": {"instruct_data": "a.jsonl"}, "max_steps": 5}
+
+PAIRS: dict[str, Any] = {"data": {"preference_data": "p.jsonl", "eval_preference_data": "e.jsonl"}}
 
 # The file that mistral-finetune gives as its example, with every other key it knows.
 THEIRS = """
@@ -70,11 +73,26 @@ def test_a_file_becomes_the_configuration_with_the_settings_in_place_of_its_own(
     )
 
 
-@pytest.mark.parametrize("more", [{}, {"full": True}, {"lora": {"rank_pattern": {"wq": 3}}, "eval": {"batches": 2}}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"full": True},
+        {"lora": {"rank_pattern": {"wq": 3}}, "eval": {"batches": 2}},
+        PAIRS | {"preference": {"label_smoothing": 0.1}, "samples": {"prompts": ["Hello"]}},
+    ],
+)
 def test_the_resolved_configuration_is_read_back_the_same(more: dict[str, Any]) -> None:
     config = run_config(OURS | more).config
     assert run_config(yaml.safe_load(yaml.safe_dump(config.document()))).config == config
     assert (config.lora is None) == ("full" in more)
+
+
+def test_data_of_pairs_is_learned_from_as_preferences() -> None:
+    config = run_config(OURS | PAIRS).config
+    assert config.preference == PreferenceConfig()
+    assert config.evaluation == DataConfig(preference_data="e.jsonl").for_evaluation()
+    assert run_config(OURS).config.preference is None
 
 
 def test_mistral_finetunes_file_runs_by_its_rules(tmp_path: Path) -> None:
@@ -136,6 +154,15 @@ def test_its_defaults_are_its_own() -> None:
         ({"full": True, "lora": {"rank": 3}}, "lora: full: true trains every weight"),
         ({"max_steps": None}, "max_steps: missing"),
         ({"model": None}, "model: None, expected text"),
+        (PAIRS | {"full": True}, "preference: the reference is the model without adapters, so full: true"),
+        (PAIRS | {"preference": {"beta": 0}}, "preference.beta: 0.0, expected a number above 0"),
+        (PAIRS | {"rows_per_mean": 1}, "rows_per_mean: has no meaning with preference"),
+        ({"preference": {"beta": 1}}, "preference: learns from data.preference_data alone"),
+        ({"data": {"preference_data": "p", "data": "t"}}, "preference: learns from data.preference_data alone"),
+        ({"data": {"instruct_data": "a", "eval_preference_data": "e"}}, "data.eval_preference_data: is not what this"),
+        ({"data": {"preference_data": "p", "eval_instruct_data": "e"}}, "data.eval_instruct_data: is not what this"),
+        ({"samples": {"max_tokens": 0}}, "samples.max_tokens: 0, expected a whole number of at least 1"),
+        ({"samples": {"prompts": [""]}}, "samples.prompts: one is empty"),
     ],
 )
 def test_what_is_unknown_or_not_allowed_is_refused_in_one_line(more: dict[str, Any], reason: str) -> None:

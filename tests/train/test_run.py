@@ -15,14 +15,16 @@ import pytest
 from safetensors.numpy import load_file
 
 import ministral_jax
+from infer.sampling import SamplingParams
 from ministral_jax.errors import ConfigError
 from ministral_jax.lora import LoraConfig
 from tests.checkpoint_files import tiny_config, write_tiny_checkpoint
 from tests.tekken_files import write_tiny_tekken
-from train.config import CheckpointConfig, EvalConfig, RunConfig
+from train.config import CheckpointConfig, EvalConfig, RunConfig, SamplesConfig
 from train.data.config import DataConfig
 from train.memory_estimate import MemoryEstimate, require_fits
-from train.metrics import EVAL_FILE, TRAIN_FILE, MetricsFile, step_flops
+from train.metrics import EVAL_FILE, SAMPLES_FILE, TRAIN_FILE, MetricsFile, step_flops
+from train.objective import PreferenceConfig
 from train.optimizer import OptimizerConfig
 from train.run import FINAL, RunResult, run
 
@@ -41,7 +43,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"messages": [{"role": "user", "content": f"the {i}"}, {"role": "assistant", "content": f"thing {i % 3}"}]}
         for i in range(24)
     ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    pairs = [{"prompt": f"the {i}", "chosen": f"thing {i % 3}", "rejected": f"no {i % 5}"} for i in range(24)]
+    for name, lines in (("chats", chats), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -65,7 +69,13 @@ def config_of(base: Path, run_dir: Path, **changes: Any) -> RunConfig:
 def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted, evaluated on the way."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    evaluated = config_of(base, folder, eval_data=str(base / "chats.jsonl"), eval=EvalConfig(every=3))
+    evaluated = config_of(
+        base,
+        folder,
+        eval_data=str(base / "chats.jsonl"),
+        eval=EvalConfig(every=3),
+        samples=SamplesConfig(every=4, prompts=("the 0", "the 10, and more"), max_tokens=8),
+    )
     assert run(evaluated) == RunResult(STEPS, folder / FINAL)
     return folder
 
@@ -117,6 +127,53 @@ def test_the_last_checkpoints_are_kept(whole: Path) -> None:
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
 
 
+def test_samples_are_what_the_adapted_model_generates(base: Path, whole: Path) -> None:
+    """Computed otherwise: by a generator with pages, after the run."""
+    told = rows(whole, SAMPLES_FILE)
+    assert [(row["step"], row["prompt"]) for row in told] == [
+        (step, prompt) for step in (4, STEPS) for prompt in ("the 0", "the 10, and more")
+    ]
+    tokenizer = ministral_jax.Tokenizer.load(base)
+    generator = ministral_jax.Generator(ministral_jax.load(base, adapter=whole / FINAL), tokenizer)
+    prompts = [list(tokenizer.encode_chat([{"role": "user", "content": row["prompt"]}]).tokens) for row in told[2:]]
+    expected = generator.generate(prompts, SamplingParams(max_tokens=8))
+    assert [row["text"] for row in told[2:]] == [tokenizer.decode(answer.ids, keep_special=True) for answer in expected]
+    assert [row["text"] for row in told[:2]] != [row["text"] for row in told[2:]]
+
+
+@pytest.mark.long
+def test_a_run_learns_from_preferences_and_goes_on_as_if_nothing_had_been(base: Path, tmp_path: Path) -> None:
+    def config(folder: str) -> RunConfig:
+        pairs = str(base / "pairs.jsonl")
+        return config_of(
+            base,
+            tmp_path / folder,
+            data=DataConfig(preference_data=pairs),
+            eval_data=pairs,
+            preference=PreferenceConfig(beta=0.5),
+            checkpoints=CheckpointConfig(every=2),
+        )
+
+    assert run(config("whole")).step == STEPS
+    told, evaluated = rows(tmp_path / "whole"), rows(tmp_path / "whole", EVAL_FILE)
+    assert told[0]["accuracy"] == 0  # nothing is learned yet
+    assert told[-1]["chosen_reward"] > told[-1]["rejected_reward"]
+    assert evaluated[-1]["accuracy"] > 0.8
+    assert evaluated[-1]["pairs"] == 24
+    assert "perplexity" not in evaluated[-1]
+    stopped_after(3, config("stopped"))
+    run(config("stopped"), resume=True)
+    assert learned(tmp_path / "stopped") == learned(tmp_path / "whole")
+    assert_same_adapter(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_samples_that_leave_no_room_are_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    config = config_of(base, tmp_path / "run", samples=SamplesConfig(prompts=("the",), max_tokens=64))
+    with pytest.raises(ConfigError, match=r"samples: a prompt of .* and max_tokens=64 are more than .* context of 64"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.long
 def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(base: Path, whole: Path, tmp_path: Path) -> None:
     """Also where it had told of steps that no checkpoint has, as a killed one may."""
@@ -161,6 +218,7 @@ def test_operations_are_counted_by_what_a_token_sees() -> None:
             keys = [key for key in range(position + 1) if window is None or key > position - window]
             expected += 12 * 4 * 16 * len(keys)
     assert step_flops(model, batch, full=False) == expected
+    assert step_flops(model, batch, full=False, reference=True) > 1.3 * expected
 
 
 def test_rows_past_a_step_are_dropped(tmp_path: Path) -> None:
