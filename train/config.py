@@ -70,6 +70,22 @@ class SamplesConfig:
             raise ConfigError("samples.prompts: one is empty, expected texts")
 
 
+@dataclass(frozen=True)
+class WandbConfig:
+    """The project at wandb that rows of metrics go to; `offline` keeps them in files for `wandb sync`.
+
+    `run_name` None is the name of the run's folder.
+    """
+
+    project: str
+    run_name: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.project:
+            raise ConfigError("wandb.project: empty, expected the name of a project at wandb")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run from the base model to the finished adapter, or model.
@@ -87,6 +103,7 @@ class RunConfig:
         rows_per_mean: as in TrainStep; None has every trained token count the same.
         eval, checkpoints, samples: when.
         log_every: steps from one line of metrics to the next.
+        tensorboard, wandb: where else these lines go.
         mesh, rules: over which devices, and how; as in `load_model`. So are `dtype` and `windows`.
         remat: what the backward pass keeps (stacked.POLICIES).
         seed: of the data's order, the adapters' beginning and dropout.
@@ -111,6 +128,8 @@ class RunConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     log_every: int = 1
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
     mesh: str | None = None
     rules: str = "all"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -212,7 +231,7 @@ def run_config(document: Mapping[str, Any]) -> Reading:
     refuse_unknown(optimizer, {f.name for f in fields(OptimizerConfig)} - {"steps"}, "optimizer")
     preference = _preference(values.pop("preference", None), config)
     _refuse_other_evaluation(data, preference)
-    lora = values.pop("lora", None)
+    lora, wandb = values.pop("lora", None), values.pop("wandb", None)
     if coerced(bool, full, "full") and lora is not None:
         raise ConfigError("lora: full: true trains every weight; expected one of the two")
     built: dict[str, Any] = {
@@ -224,6 +243,7 @@ def run_config(document: Mapping[str, Any]) -> Reading:
         "eval": made(EvalConfig, section(values.pop("eval", None), "eval"), "eval"),
         "checkpoints": made(CheckpointConfig, section(values.pop("checkpoints", None), "checkpoints"), "checkpoints"),
         "samples": made(SamplesConfig, section(values.pop("samples", None), "samples"), "samples"),
+        "wandb": None if wandb is None else made(WandbConfig, section(wandb, "wandb"), "wandb"),
     }
     return Reading(made(RunConfig, values, "", **built), notes)
 

@@ -26,22 +26,22 @@ _RENAMED: Mapping[str, str] = {
     "log_freq": "log_every",
 }
 # Ours that may stand beside theirs, from `--set` or in the file.
-_OURS = ("mesh", "rules", "dtype", "to", "adapter_dtype", "tokenizer", "revision", "windows", "remat")
+_OURS = ("mesh", "rules", "dtype", "to", "adapter_dtype", "tokenizer", "revision", "windows", "remat", "tensorboard")
 _WITHOUT_MEANING: Mapping[str, str] = {
-    "wandb": "wandb: not there; metrics are in metrics.train.jsonl and metrics.eval.jsonl",
     "mlflow": "mlflow: not there; metrics are in metrics.train.jsonl and metrics.eval.jsonl",
     "world_size": "world_size: means nothing here; --mesh says over which devices",
     "variant": "variant: means nothing here",
 }
 _OTHERS = {
     *("optim", "max_norm", "max_steps", "ckpt_freq", "save_adapters", "no_ckpt", "num_ckpt_keep", "eval_freq"),
-    *("no_eval", "checkpoint", "lora", "compat"),
+    *("no_eval", "checkpoint", "lora", "compat", "wandb"),
 }
 _GENERAL = (
     "read as a file of mistral-finetune: its packing, OneCycleLR with the cycling beta1, AdamW, and the mean of each "
     "device's means as the loss",
     "the data is not dealt out to devices line by line: all rows come from one sequence, in another order than theirs",
     "evaluation counts every row once, the last ones too, and perplexity is exp of the loss, not 2 to its power",
+    "files for TensorBoard are written where tensorboard: true stands beside its keys",
 )
 
 
@@ -66,7 +66,7 @@ def translated(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         notes.append("data.shuffle: means nothing here; instruct.shuffle decides for text too")
     ours["max_steps"] = document.get("max_steps", 100)
     ours["optimizer"] = _optimizer(document, ours["max_steps"])
-    ours |= _adapters(document, notes)
+    ours |= _adapters(document, notes) | _wandb(document, notes)
     ours |= {"batch_per_device": True, "rows_per_mean": document.get("batch_size", 1)}
     ours.setdefault("remat", "full" if _flag(document, "checkpoint", True) else "none")
     ours["checkpoints"] = {
@@ -106,6 +106,18 @@ def _adapters(document: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if not _flag(document, "save_adapters", True):
         notes.append("save_adapters: the adapter is written; `ministral merge` puts it into its base")
     return {"lora": {"rank": 16, "scaling": 2.0} | lora}
+
+
+def _wandb(document: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    wandb = section(document.get("wandb"), "wandb")
+    refuse_unknown(wandb, {"project", "run_name", "offline", "key"}, "wandb")
+    if wandb.pop("key", None):
+        notes.append("wandb.key: means nothing here, nor there; wandb takes the key from WANDB_API_KEY or its login")
+    if not wandb.get("project"):
+        if wandb:
+            notes.append("wandb.project: names none, so nothing goes to wandb")
+        return {}
+    return {"wandb": wandb | {"run_name": wandb.get("run_name") or None}}
 
 
 def _flag(document: Mapping[str, Any], name: str, default: bool) -> bool:

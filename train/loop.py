@@ -17,9 +17,7 @@ from .config import RunConfig
 from .data.batches import Batch
 from .data.pipeline import Batches
 from .metrics import (
-    EVAL_FILE,
     SAMPLES_FILE,
-    TRAIN_FILE,
     MetricsFile,
     peak_flops,
     peak_memory,
@@ -29,6 +27,7 @@ from .metrics import (
 )
 from .preview import Preview
 from .run_folder import RunFolder
+from .sinks import MetricRows
 from .step import BATCH_AXES, Metrics, TrainState, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -50,14 +49,13 @@ class Loop:
         evaluation: Batches[Batch] | None,
         preview: Preview | None,
         model: ModelConfig,
+        rows: MetricRows,
         report: Callable[[Row], object],
     ) -> None:
         self._config, self._folder, self._step, self._model = config, folder, step, model
         self._data, self._evaluation, self._preview = data, evaluation, preview
         self._evaluation_start = None if evaluation is None else evaluation.state()
-        self._report = report
-        self._train_rows = MetricsFile(folder.path / TRAIN_FILE)
-        self._eval_rows = MetricsFile(folder.path / EVAL_FILE)
+        self._rows, self._report = rows, report
         self._samples = MetricsFile(folder.path / SAMPLES_FILE)
         n_devices = 1 if step.layout is None else step.layout.mesh.size
         self._peak_flops = peak_flops(jax.devices()[0].device_kind, n_devices)
@@ -67,8 +65,7 @@ class Loop:
     def train(self, state: TrainState, start: int, stopped: Callable[[], int | None]) -> tuple[TrainState, int]:
         """Takes the steps after `start` until the last, the end of the data, or a signal; returns the last taken."""
         if hosts.process_id() == 0:
-            for rows in (self._train_rows, self._eval_rows, self._samples):
-                rows.cut_after(start)
+            self._samples.cut_after(start)
         try:
             return self._steps(state, start, stopped)
         finally:
@@ -145,7 +142,7 @@ class Loop:
             "eta_seconds": each * (self._config.max_steps - number),
         }
         if hosts.process_id() == 0:
-            self._train_rows.add(row)
+            self._rows.add("train", row)
             self._report(row)
 
     def _between(self, state: TrainState, number: int, place: dict[str, Any], *, ends: bool, stops: bool) -> None:
@@ -189,7 +186,7 @@ class Loop:
         else:
             beside = {name: value / weight for name, value in values.items()} | {"pairs": int(weight)}
         if hosts.process_id() == 0:
-            self._eval_rows.add({"step": number, "loss": loss, **beside})
+            self._rows.add("eval", {"step": number, "loss": loss, **beside})
         told = ", ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in beside.items())
         logger.info("step %d: evaluation loss %.4f, %s", number, loss, told)
         return loss

@@ -41,6 +41,7 @@ from .optimizer import Optimizer
 from .preview import Preview, encoded_prompts
 from .run_folder import RunFolder
 from .signals import stop_signals
+from .sinks import metric_rows, require_sinks
 from .step import TrainState, TrainStep, trained_specs
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def run(config: RunConfig, *, resume: bool = False, report: Callable[[Row], obje
     SIGTERM and SIGINT end it after the step in progress, with a checkpoint. Raises MinistralError in one line for what
     can be foreseen, most of it before weights are read.
     """
+    require_sinks(config)
     folder = RunFolder(Path(config.run_dir))
     config = folder.agreed(config, resume=resume)
     base = _open_base(config)
@@ -95,8 +97,8 @@ def run(config: RunConfig, *, resume: bool = False, report: Callable[[Row], obje
     if checkpoints:
         state = checkpoints[-1].restore(state)
         logger.info("going on after step %d, from %s", start, checkpoints[-1].folder)
-    loop = Loop(config, folder, step, data, evaluation, preview, base.config, report or (lambda row: None))
-    with stop_signals() as stopped:
+    with stop_signals() as stopped, metric_rows(config, folder.path, start) as rows:
+        loop = Loop(config, folder, step, data, evaluation, preview, base.config, rows, report or (lambda row: None))
         state, last = loop.train(state, start, stopped)
     if stopped() and last < config.max_steps:
         return RunResult(last, None, stopped())

@@ -31,7 +31,7 @@ _NAME = re.compile(r"step_([0-9]{6,})")
 # What may be otherwise when a run goes on: where files lie, over which devices it runs, when it says and writes what.
 _FREE = {
     *("model", "revision", "tokenizer", "run_dir", "mesh", "rules", "remat", "log_every", "eval", "eval_data"),
-    *("checkpoints", "samples", "to", "adapter_dtype"),
+    *("checkpoints", "samples", "to", "adapter_dtype", "tensorboard", "wandb"),
     "data",  # compared by the data's own state, which knows the content of the files
 }
 

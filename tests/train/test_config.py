@@ -10,7 +10,7 @@ import yaml
 
 from ministral_jax.errors import MinistralError
 from ministral_jax.lora import LoraConfig
-from train.config import CheckpointConfig, EvalConfig, RunConfig, read_run_config, run_config
+from train.config import CheckpointConfig, EvalConfig, RunConfig, WandbConfig, read_run_config, run_config
 from train.data.config import DataConfig
 from train.objective import PreferenceConfig
 from train.optimizer import OptimizerConfig, compat_config
@@ -19,6 +19,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 OURS: dict[str, Any] = {"model": "m", "run_dir": "r", "data": {"instruct_data": "a.jsonl"}, "max_steps": 5}
 
 PAIRS: dict[str, Any] = {"data": {"preference_data": "p.jsonl", "eval_preference_data": "e.jsonl"}}
+WANDB = {"tensorboard": True, "wandb": {"project": "p", "offline": True}}
 
 # The file that mistral-finetune gives as its example, with every other key it knows.
 THEIRS = """
@@ -48,7 +49,9 @@ checkpoint: false
 save_adapters: False
 run_dir: "/runs/1"
 wandb:
-  project: ""
+  project: "tuning"
+  run_name: ""
+  key: "secret"
   offline: True
 mlflow: {tracking_uri: null}
 """
@@ -80,12 +83,26 @@ def test_a_file_becomes_the_configuration_with_the_settings_in_place_of_its_own(
         {"full": True},
         {"lora": {"rank_pattern": {"wq": 3}}, "eval": {"batches": 2}},
         PAIRS | {"preference": {"label_smoothing": 0.1}, "samples": {"prompts": ["Hello"]}},
+        WANDB,
     ],
 )
 def test_the_resolved_configuration_is_read_back_the_same(more: dict[str, Any]) -> None:
     config = run_config(OURS | more).config
     assert run_config(yaml.safe_load(yaml.safe_dump(config.document()))).config == config
     assert (config.lora is None) == ("full" in more)
+
+
+def test_wandb_is_left_out_where_their_file_names_no_project() -> None:
+    theirs = {"model_id_or_path": "m", "run_dir": "r"}
+    for wandb in ({"project": ""}, {"project": None, "offline": True}):
+        config, notes = run_config(theirs | {"wandb": wandb})
+        assert config.wandb is None
+        assert any(note.startswith("wandb.project: names none") for note in notes)
+    assert not any("wandb" in note for note in run_config(theirs).notes)
+    config = run_config(theirs | {"wandb": {"project": "p", "run_name": "n"}, "tensorboard": True}).config
+    assert (config.wandb, config.tensorboard) == (WandbConfig("p", "n"), True)
+    with pytest.raises(MinistralError, match=r"wandb\.name: unknown key"):
+        run_config(theirs | {"wandb": {"name": "p"}})
 
 
 def test_data_of_pairs_is_learned_from_as_preferences() -> None:
@@ -113,6 +130,7 @@ def test_mistral_finetunes_file_runs_by_its_rules(tmp_path: Path) -> None:
         eval=EvalConfig(every=100),
         checkpoints=CheckpointConfig(every=50, keep=4, best=False),
         log_every=2,
+        wandb=WandbConfig(project="tuning", offline=True),
         seed=7,
         remat="none",
     )
@@ -122,7 +140,7 @@ def test_mistral_finetunes_file_runs_by_its_rules(tmp_path: Path) -> None:
 def test_what_means_nothing_or_differs_is_said_once() -> None:
     notes = run_config(yaml.safe_load(THEIRS)).notes
     assert len(notes) == len(set(notes))
-    for start in ("read as a file of mistral-finetune", "wandb:", "mlflow:", "save_adapters:"):
+    for start in ("read as a file of mistral-finetune", "wandb.key:", "mlflow:", "save_adapters:"):
         assert sum(note.startswith(start) for note in notes) == 1
     assert run_config(OURS).notes == []
 
@@ -163,6 +181,10 @@ def test_its_defaults_are_its_own() -> None:
         ({"data": {"preference_data": "p", "eval_instruct_data": "e"}}, "data.eval_instruct_data: is not what this"),
         ({"samples": {"max_tokens": 0}}, "samples.max_tokens: 0, expected a whole number of at least 1"),
         ({"samples": {"prompts": [""]}}, "samples.prompts: one is empty"),
+        ({"tensorboard": "yes"}, "tensorboard: 'yes', expected true or false"),
+        ({"wandb": {}}, "wandb.project: missing"),
+        ({"wandb": {"project": ""}}, "wandb.project: empty, expected the name"),
+        ({"wandb": {"project": "p", "key": "secret"}}, "wandb.key: unknown key; the nearest is wandb."),
     ],
 )
 def test_what_is_unknown_or_not_allowed_is_refused_in_one_line(more: dict[str, Any], reason: str) -> None:

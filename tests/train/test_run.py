@@ -28,6 +28,7 @@ from train.objective import PreferenceConfig
 from train.optimizer import OptimizerConfig
 from train.run import FINAL, RunResult, run
 
+from .event_files import scalars
 from .test_step import batch_of
 
 STEPS = 6
@@ -75,6 +76,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         eval_data=str(base / "chats.jsonl"),
         eval=EvalConfig(every=3),
         samples=SamplesConfig(every=4, prompts=("the 0", "the 10, and more"), max_tokens=8),
+        tensorboard=True,
     )
     assert run(evaluated) == RunResult(STEPS, folder / FINAL)
     return folder
@@ -121,6 +123,14 @@ def test_evaluation_tells_loss_and_perplexity_in_nats(whole: Path) -> None:
     assert evaluated[1]["loss"] < evaluated[0]["loss"]
     for row in evaluated:
         np.testing.assert_allclose(row["perplexity"], np.exp(row["loss"]), rtol=1e-6)
+
+
+def test_tensorboard_shows_what_the_files_have(whole: Path) -> None:
+    shown = scalars(whole / "tb")
+    for tag, file, column in (("train/loss", TRAIN_FILE, "loss"), ("eval/perplexity", EVAL_FILE, "perplexity")):
+        told = [(row["step"], row[column]) for row in rows(whole, file)]
+        assert [step for step, _ in shown[tag]] == [step for step, _ in told]
+        np.testing.assert_allclose([value for _, value in shown[tag]], [value for _, value in told], rtol=1e-6)
 
 
 def test_the_last_checkpoints_are_kept(whole: Path) -> None:
@@ -177,13 +187,14 @@ def test_samples_that_leave_no_room_are_refused_before_anything_is_written(base:
 @pytest.mark.long
 def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(base: Path, whole: Path, tmp_path: Path) -> None:
     """Also where it had told of steps that no checkpoint has, as a killed one may."""
-    config = config_of(base, tmp_path / "run")
+    config = config_of(base, tmp_path / "run", tensorboard=True)
     assert stopped_after(2, config) == RunResult(3, None, signal.SIGTERM)
     with (tmp_path / "run" / TRAIN_FILE).open("a") as file:
         file.write(json.dumps({"step": 4, "loss": 0.0}) + '\n{"step": 5, "lo')
     (tmp_path / "run" / "checkpoints" / "step_000005.partial").mkdir()
     assert run(config, resume=True).result == tmp_path / "run" / FINAL
     assert learned(tmp_path / "run") == learned(whole)
+    assert scalars(tmp_path / "run/tb")["train/loss"] == scalars(whole / "tb")["train/loss"]
     assert_same_adapter(tmp_path / "run", whole)
 
 
