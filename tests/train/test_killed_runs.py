@@ -10,13 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from tests.checkpoint_files import tiny_config, write_tiny_checkpoint
-from tests.tekken_files import write_tiny_tekken
+from .tiny_run import learned, write_base
 
 STEPS = 60
 SECONDS = 240  # until a step is given up waiting for
@@ -26,13 +24,7 @@ SECONDS = 240  # until a step is given up waiting for
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint after every step, so that most moments are in the middle of writing one."""
     folder = tmp_path_factory.mktemp("killed")
-    write_tiny_checkpoint(folder, tiny_config("mistral_window", n_layers=2, vocab_size=320, max_length=64))
-    write_tiny_tekken(folder)
-    chats = [
-        {"messages": [{"role": "user", "content": f"the {i}"}, {"role": "assistant", "content": f"thing {i % 3}"}]}
-        for i in range(24)
-    ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    write_base(folder)
     document = {
         "model": str(folder),
         "run_dir": "set by the command",
@@ -74,11 +66,6 @@ def kill_at_random(process: subprocess.Popen[bytes], run_dir: Path, draw: random
     time.sleep(draw.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
-
-
-def learned(run_dir: Path) -> list[tuple[Any, ...]]:
-    told = [json.loads(line) for line in (run_dir / "metrics.train.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["gradient_norm"], row["tokens"]) for row in told]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,7 @@ import ministral_jax
 from infer.sampling import SamplingParams
 from ministral_jax.errors import ConfigError
 from ministral_jax.lora import LoraConfig
-from tests.checkpoint_files import tiny_config, write_tiny_checkpoint
-from tests.tekken_files import write_tiny_tekken
+from tests.checkpoint_files import tiny_config
 from train.config import CheckpointConfig, EvalConfig, RunConfig, SamplesConfig
 from train.data.config import DataConfig
 from train.memory_estimate import MemoryEstimate, require_fits
@@ -30,23 +29,15 @@ from train.run import FINAL, RunResult, run
 
 from .event_files import scalars
 from .test_step import batch_of
+from .tiny_run import learned, rows, write_base
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its tokenizer, and conversations."""
     folder = tmp_path_factory.mktemp("base")
-    write_tiny_checkpoint(folder, tiny_config("mistral_window", n_layers=2, vocab_size=320, max_length=64))
-    write_tiny_tekken(folder)
-    chats = [
-        {"messages": [{"role": "user", "content": f"the {i}"}, {"role": "assistant", "content": f"thing {i % 3}"}]}
-        for i in range(24)
-    ]
-    pairs = [{"prompt": f"the {i}", "chosen": f"thing {i % 3}", "rejected": f"no {i % 5}"} for i in range(24)]
-    for name, lines in (("chats", chats), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_base(folder)
     return folder
 
 
@@ -90,17 +81,6 @@ def stopped_after(step: int, config: RunConfig, number: int = signal.SIGTERM, **
             os.kill(os.getpid(), number)
 
     return run(config, report=report, **options)
-
-
-def rows(folder: Path, name: str = TRAIN_FILE) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def learned(folder: Path) -> list[list[float]]:
-    """What a row has that does not depend on the clock."""
-    return [
-        [row["step"], row["loss"], row["learning_rate"], row["gradient_norm"], row["tokens"]] for row in rows(folder)
-    ]
 
 
 def assert_same_adapter(one: Path, other: Path) -> None:
@@ -196,6 +176,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_nothing_had_been(base: Path, whole
     assert learned(tmp_path / "run") == learned(whole)
     assert scalars(tmp_path / "run/tb")["train/loss"] == scalars(whole / "tb")["train/loss"]
     assert_same_adapter(tmp_path / "run", whole)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_over_another_mesh(base: Path, whole: Path, tmp_path: Path) -> None:
+    """The same batches in the same order, and losses to rounding; dropout is the same too."""
+    config = config_of(base, tmp_path / "run")
+    stopped_after(2, config)
+    run(dataclasses.replace(config, mesh="fsdp=4,tensor=2"), resume=True)
+    np.testing.assert_allclose(learned(tmp_path / "run"), learned(whole), rtol=1e-5)
+    assert [row["tokens"] for row in rows(tmp_path / "run")] == [row["tokens"] for row in rows(whole)]
 
 
 def test_a_run_that_exists_or_was_another_is_refused(base: Path, whole: Path, tmp_path: Path) -> None:
