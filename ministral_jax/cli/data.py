@@ -67,6 +67,7 @@ class _Plan:
 
     config: DataConfig
     sources: tuple[Source, ...]
+    evaluation: tuple[Source, ...]
     seq_len: int | None
     rows_per_step: int
     max_steps: int | None
@@ -144,7 +145,13 @@ def run_validate(arguments: argparse.Namespace) -> int:
     corrected = None if arguments.write_corrected is None else Path(arguments.write_corrected)
     with progress_bar("reading") as progress:
         report = validate(
-            plan.sources, tokenizer, plan.config, seq_len=plan.seq_len, corrected=corrected, progress=progress
+            plan.sources,
+            tokenizer,
+            plan.config,
+            evaluation=plan.evaluation,
+            seq_len=plan.seq_len,
+            corrected=corrected,
+            progress=progress,
         )
     steps = _steps(arguments, plan, report)
     if arguments.json:
@@ -165,11 +172,12 @@ def _plan(arguments: argparse.Namespace) -> _Plan:
         sources = parse_sources(arguments.data)
         if not sources:
             raise UsageError("DATA: empty, expected a file, a folder or a list of them")
-        return _Plan(DataConfig(**options), sources, arguments.seq_len, arguments.batch_size or 1, None, None)
+        return _Plan(DataConfig(**options), sources, (), arguments.seq_len, arguments.batch_size or 1, None, None)
     file = read_run_file(Path(arguments.data), **options)
     return _Plan(
         file.config,
-        (*sources_of(file.config), *(sources_of(file.evaluation) if file.evaluation else ())),
+        sources_of(file.config),
+        sources_of(file.evaluation) if file.evaluation else (),
         arguments.seq_len or file.seq_len,
         arguments.batch_size or file.rows_per_step,
         file.max_steps,

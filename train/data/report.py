@@ -138,6 +138,7 @@ def validate(
     tokenizer: Tokenizer | None,
     config: DataConfig,
     *,
+    evaluation: Sequence[Source] = (),
     seq_len: int | None = None,
     corrected: Path | None = None,
     progress: Progress = lambda done, total: None,
@@ -148,6 +149,7 @@ def validate(
         sources: what to read; a source's kind None lets each line's keys decide.
         tokenizer: None checks what can be checked without one, and counts no tokens.
         config: which messages are trained, how rows are packed.
+        evaluation: sources that are read like the others, and make no rows of training.
         seq_len: of the rows to pack, which needs a tokenizer; None packs none.
         corrected: a folder for copies of the files with their good lines alone; it must not hold such files yet.
         progress: called with bytes read and bytes in all.
@@ -155,12 +157,13 @@ def validate(
     Raises:
         DataError: no such file, or a copy that is there already.
     """
-    targets = {} if corrected is None else _copies(sources, corrected)
+    every = (*sources, *evaluation)
+    targets = {} if corrected is None else _copies(every, corrected)
     encoder = None if tokenizer is None else SampleEncoder(tokenizer, config.tools_trained)
     packed = None if encoder is None or seq_len is None else _Packed(config, seq_len)
     report = DataReport()
-    total, done = sum(file.stat().st_size for source in sources for file in source.files), 0
-    for source in sources:
+    total, done = sum(file.stat().st_size for source in every for file in source.files), 0
+    for place, source in enumerate(every):
         found = SourceReport(str(source.path), source.weight)
         report.sources.append(found)
         for path in source.files:
@@ -183,7 +186,7 @@ def validate(
                 if sample is not None and tokenizer is not None:
                     found.add(sample, seq_len)
                     report.sample = report.sample or marked_pieces(sample, tokenizer)
-                    if packed is not None:
+                    if packed is not None and place < len(sources):
                         packed.add(sample)
             if path in targets:
                 _write_lines(targets[path], good)
@@ -208,7 +211,7 @@ class _Packed:
             fitted = None if self._drops else sample.cut(self._report.seq_len)
         if fitted is None:
             return
-        if isinstance(fitted, Pair):  # one row each in the chosen and the rejected batch
+        if isinstance(fitted, Pair):  # a row for each side
             self._report.rows += 2
             self._count(fitted, _predictions(fitted), 0, len(fitted))
         else:

@@ -17,7 +17,10 @@ _THEIR_MODEL, _OUR_MODEL = "model_id_or_path", "model"
 
 @dataclass(frozen=True)
 class RunFile:
-    """The data of a run. `rows_per_step`: batch_size times num_microbatches, of one device in mistral-finetune."""
+    """The data of a run. `rows_per_step`: batch_size times num_microbatches, of one device in mistral-finetune.
+
+    Of preference pairs, which batch_size counts, it is twice that.
+    """
 
     config: DataConfig
     evaluation: DataConfig | None
@@ -40,12 +43,13 @@ def read_run_file(path: Path, **options: Any) -> RunFile:
         config = replace(config, **options)
     except MinistralError as error:
         raise MinistralError(f"{path}: {error}") from error
+    rows = (_count(document, "batch_size", path) or 1) * (_count(document, "num_microbatches", path) or 1)
     model = document.get(_THEIR_MODEL, document.get(_OUR_MODEL))
     return RunFile(
         config=config,
         evaluation=None if evaluation is None else replace(evaluation, **options),
         seq_len=_count(document, "seq_len", path),
-        rows_per_step=(_count(document, "batch_size", path) or 1) * (_count(document, "num_microbatches", path) or 1),
+        rows_per_step=2 * rows if config.preference_data else rows,
         max_steps=_count(document, "max_steps", path),
         model=model if isinstance(model, str) else None,
     )

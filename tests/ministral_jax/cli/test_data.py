@@ -62,6 +62,17 @@ def test_a_yaml_file_says_what_to_read_how_to_pack_and_how_long_it_runs(chats, t
     assert steps["passes"] == 20 / document["packing"]["rows"]
 
 
+def test_data_of_evaluation_is_checked_and_fills_no_rows(tmp_path, capsys):
+    lines = tmp_path / "chats.jsonl"
+    lines.write_text(json.dumps(CHAT) + "\n")
+    (tmp_path / "run.yaml").write_text(
+        f"data: {{instruct_data: {lines}, eval_instruct_data: {lines}}}\nseq_len: 64\nmax_steps: 3\n"
+    )
+    code, out = run(capsys, "validate", str(tmp_path / "run.yaml"), "--tokenizer", TOKENIZER, "--json")
+    document = json.loads(out)
+    assert (code, document["lines"], document["packing"]["rows"]) == (0, 2, 1)
+
+
 def test_the_speed_is_estimated_from_the_size_of_the_model(chats, checkpoint, capsys):
     arguments = ("--model", str(checkpoint), "--seq-len", "512", "--teraflops", "2", "--json")
     document = json.loads(run(capsys, "validate", str(chats), *arguments)[1])

@@ -47,6 +47,12 @@ def test_our_file_takes_the_fields_of_the_config(tmp_path):
     assert (file.evaluation, file.seq_len, file.rows_per_step, file.max_steps) == (None, None, 1, None)
 
 
+def test_pairs_are_two_rows_each(tmp_path):
+    file = read(tmp_path, "data: {preference_data: p, eval_preference_data: e}\nbatch_size: 3\nnum_microbatches: 2\n")
+    assert file.rows_per_step == 12
+    assert file.evaluation == DataConfig(preference_data="e").for_evaluation()
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
