@@ -22,7 +22,6 @@ from ministral_jax.config import ModelConfig
 from ministral_jax.config_files import read_config
 from ministral_jax.errors import ConfigError
 from ministral_jax.lora import initialize_adapters
-from ministral_jax.sharding import hosts
 from ministral_jax.sharding.agreement import digest, require_agreement, require_same_model
 from ministral_jax.sharding.layout import Layout, layout_for
 from ministral_jax.sharding.meshes import mesh_for
@@ -126,8 +125,6 @@ def _open_base(config: RunConfig) -> _Base:
             f"tokenizer: {tokenizer.vocabulary_size} ids, more than the {model.vocab_size} rows of the model's "
             "embeddings: use the tokenizer that belongs to it"
         )
-    if config.lora is None and hosts.n_processes() > 1:
-        raise ConfigError("full: true: not on several hosts yet, where the model cannot be written; train adapters")
     return _Base(folder, model, mesh, layout, tokenizer)
 
 

@@ -170,6 +170,22 @@ def load_model(
     return model
 
 
+def load_vision(directory: str | Path, *, dtype: str | type | np.dtype | None = None) -> dict[str, jax.Array]:
+    """The parameters of what reads images in the checkpoint, by name, and none where it has nothing of the kind.
+
+    For who goes on from the text decoder alone, as training does. `dtype` and what is raised are `load_model`'s.
+    """
+    folder = Path(directory)
+    with WeightFiles(folder, detect_layout(folder)) as files:
+        config = with_decided_vision(read_config(folder), files)
+        if config.vision is None:
+            return {}
+        plan = match_tensors(files, config)
+        sources = {name: source for name, source in plan.sources.items() if is_vision(name)}
+        specs = parameter_specs(Transformer(config, _compute_dtype(dtype, files, sources)))
+        return {name: _array(files, [source], name, specs[name], None) for name, source in sources.items()}
+
+
 def match_tensors(files: WeightFiles, config: ModelConfig, activations: Activations | None = None) -> ReadPlan:
     """Where each parameter of `config` lies in `files`, by their headers alone; `activations` as in `load_model`.
 

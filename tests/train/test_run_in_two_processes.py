@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,16 +42,22 @@ def require_done(*processes: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
-    """Losses, evaluations, the adapter, and checkpoints after every step, each finished while the next is computed."""
+@pytest.mark.parametrize(
+    ("trained", "result"),
+    [({"lora": {"rank": 4, "dropout": 0.1}}, "lora"), ({"full": True}, "consolidated")],
+    ids=["adapters", "all weights"],
+)
+def test_two_processes_write_what_one_does(trained: dict[str, Any], result: str, tmp_path: Path) -> None:
+    """Losses, evaluations, the result, and checkpoints after every step, each finished while the next is computed."""
     write_base(tmp_path)
     chats = str(tmp_path / "chats.jsonl")
     document = {
         "model": str(tmp_path),
         "run_dir": "set by the command",
         "data": {"instruct_data": chats, "eval_instruct_data": chats},
-        "lora": {"rank": 4, "dropout": 0.1},
-        "optimizer": {"learning_rate": 0.01},
+        **trained,
+        # Steps so small that rounding is not blown up from one to the next.
+        "optimizer": {"learning_rate": 1e-3, "epsilon": 1e-2},
         "max_steps": STEPS,
         "seq_len": 32,
         "batch_size": 4,
@@ -75,6 +82,6 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     for run_dir in (one, two):
         checkpoints = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
         assert checkpoints == ["step_000002", "step_000003", "step_000004"]
-    expected = load_file(one / "final/lora.safetensors")
-    for name, array in load_file(two / "final/lora.safetensors").items():
+    expected = load_file(one / f"final/{result}.safetensors")
+    for name, array in load_file(two / f"final/{result}.safetensors").items():
         np.testing.assert_allclose(array, expected[name], rtol=0, atol=1e-5 * np.ptp(expected[name]), err_msg=name)
