@@ -345,6 +345,16 @@ def with_windows(config: ModelConfig, windows: str | Sequence[Window]) -> ModelC
     return changed if length is None else dataclasses.replace(changed, max_length=max(length, config.max_length))
 
 
+def parse_windows(text: str) -> str | list[Window]:
+    """What options say of windows: a name of a pattern, or widths such as "none,32768". Raises ConfigError."""
+    parts = text.replace(",", " ").split()
+    if len(parts) == 1 and not parts[0].isdigit() and parts[0] != "none":
+        return parts[0]
+    if not parts or not all(part == "none" or part.isdigit() for part in parts):
+        raise ConfigError(f"windows {text!r}: expected a pattern's name, or widths and none separated by commas")
+    return [None if part == "none" else int(part) for part in parts]
+
+
 def _pattern(config: ModelConfig, name: str) -> tuple[Window, ...]:
     if name == "full":
         return (None,)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ministral_jax.catalog import parse_windows
 from ministral_jax.checkpoints.hub import resolve
 from ministral_jax.checkpoints.load import load_model
 from ministral_jax.config import ModelConfig
@@ -96,8 +97,8 @@ def run(config: RunConfig, *, resume: bool = False, report: Callable[[Row], obje
     if checkpoints:
         state = checkpoints[-1].restore(state)
         logger.info("going on after step %d, from %s", start, checkpoints[-1].folder)
-    with stop_signals() as stopped, metric_rows(config, folder.path, start) as rows:
-        loop = Loop(config, folder, step, data, evaluation, preview, base.config, rows, report or (lambda row: None))
+    with stop_signals() as stopped, metric_rows(config, folder.path, start) as told:
+        loop = Loop(config, folder, step, data, evaluation, preview, base.config, told, report or (lambda row: None))
         state, last = loop.train(state, start, stopped)
     if stopped() and last < config.max_steps:
         return RunResult(last, None, stopped())
@@ -107,8 +108,6 @@ def run(config: RunConfig, *, resume: bool = False, report: Callable[[Row], obje
 
 
 def _open_base(config: RunConfig) -> _Base:
-    from ministral_jax.cli.models import parse_windows
-
     folder = resolve(config.model, config.revision)
     windows = None if config.windows is None else parse_windows(config.windows)
     model = read_config(folder, windows=windows)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckpointError, ConfigError, NotYetError, RequestError
 from .arguments import Commands, add_cache, add_mesh, add_model, new_command, positive
 from .mesh_plan import MeshPlan, detected_memory, show_mesh_plan
-from .models import parse_windows
+from .models import windows_of
 from .output import size, write, write_json
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _find(arguments: argparse.Namespace) -> Subject:
     from ..checkpoints.hub import resolve
     from ..config_files import read_config
 
-    windows = None if arguments.windows is None else parse_windows(arguments.windows)
+    windows = windows_of(arguments)
     folder = Path(arguments.model).expanduser()
     if folder.is_dir() or "/" in arguments.model or arguments.revision is not None:
         folder = resolve(arguments.model, arguments.revision, weights=False)

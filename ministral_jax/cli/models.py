@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import MinistralError, RequestError, TokenizerError
+from ..errors import ConfigError, MinistralError, RequestError, TokenizerError
 from .failures import UsageError
 from .output import waiting
 
@@ -53,7 +53,7 @@ def open_model(arguments: argparse.Namespace, *, tokenizer: TokenizerUse, images
     from ..compilation import keep_compiled_programs
     from ..sharding.agreement import require_same_model
 
-    windows = None if arguments.windows is None else parse_windows(arguments.windows)
+    windows = windows_of(arguments)
     folder = resolve(arguments.model, arguments.revision)
     words = None if tokenizer == "not used" else _open_tokenizer(folder, needed=tokenizer == "needed")
     require_same_model(folder, windows)
@@ -88,12 +88,11 @@ def _open_tokenizer(folder: Path, *, needed: bool) -> Tokenizer | None:
     return Tokenizer.load(folder)
 
 
-def parse_windows(text: str) -> str | list[Window]:
-    """A name of a window pattern, or a list of widths such as "none,32768"."""
-    parts = text.replace(",", " ").split()
-    if len(parts) == 1 and not parts[0].isdigit() and parts[0] != "none":
-        return parts[0]
-    bad = [part for part in parts if part != "none" and not part.isdigit()]
-    if bad or not parts:
-        raise UsageError(f"--windows {text!r}: expected a pattern's name, or widths and none separated by commas")
-    return [None if part == "none" else int(part) for part in parts]
+def windows_of(arguments: argparse.Namespace) -> str | list[Window] | None:
+    """What `--windows` says."""
+    from ..catalog import parse_windows
+
+    try:
+        return None if arguments.windows is None else parse_windows(arguments.windows)
+    except ConfigError as error:
+        raise UsageError(f"--{error}") from error
