@@ -211,4 +211,4 @@ def test_every_example_is_a_configuration(path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
