@@ -128,6 +128,11 @@ def progress_line(row: Mapping[str, Any], max_steps: int) -> str:
         parts.append(f"MFU {100 * row['mfu']:.1f}%")
     if row["peak_bytes"] is not None:
         parts.append(f"memory {row['peak_bytes'] / 2**30:.2f} GiB")
-    minutes, seconds = divmod(round(row["eta_seconds"]), 60)
-    parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+    parts.append(f"{duration(row['eta_seconds'])} left")
     return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 0:04:05."""
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{whole_seconds:02}"

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..neighbours import require_neighbour
-from . import chat, convert, data, demo, diff, finetune, generate, inspect, merge, quantize, score
+from . import chat, convert, data, demo, diff, finetune, generate, inspect, merge, plot, quantize, score
 from .failures import run_guarded
 from .hosts import joined, leave
 from .output import log_as_notes, take_any_text
 
-_COMMANDS = (demo, chat, generate, score, inspect, convert, diff, quantize, merge, data, finetune)
+_COMMANDS = (demo, chat, generate, score, inspect, convert, diff, quantize, merge, data, finetune, plot)
 
 _DESCRIPTION = """\
 The Mistral open-weight family in JAX.
