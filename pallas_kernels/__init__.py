@@ -1,10 +1,18 @@
-"""Attention on the accelerator: flash_attention for whole sequences, paged_attention for a paged cache.
+"""What the accelerator is told to do: attention over whole sequences and over a paged cache, products by group.
 
 This package imports jax only and knows arrays, not models.
 """
 
 from .flash_attention import flash_attention
 from .flash_gradients import flash_attention_gradients
+from .grouped_matmul import grouped_matmul, has_grouped_kernel
 from .paged_attention import paged_attention, write_pages
 
-__all__ = ["flash_attention", "flash_attention_gradients", "paged_attention", "write_pages"]
+__all__ = [
+    "flash_attention",
+    "flash_attention_gradients",
+    "grouped_matmul",
+    "has_grouped_kernel",
+    "paged_attention",
+    "write_pages",
+]

@@ -1,4 +1,4 @@
-"""What callers may pass to the attention operations: checks that raise one line naming the argument. No arithmetic.
+"""What callers may pass to the operations: checks that raise one line naming the argument. No arithmetic.
 
 They run before anything is traced, and do not count on jaxtyping: users call the operations without its hook.
 """
@@ -90,6 +90,25 @@ def split_segments(segment_ids: Any, q: Any, k: Any) -> tuple[Any, Any]:
                 f"segment_ids of {of} have shape {tuple(ids.shape)}, expected batch and length {tuple(rows.shape[:2])}"
             )
     return both[0], both[1]
+
+
+def check_grouped_arrays(x: Any, w: Any, group_sizes: Any) -> None:
+    """Raises ValueError unless x [M, I], w [E, O, I] and group_sizes [E] fit together."""
+    for name, axes, array in (("x", "M, I", x), ("w", "E, O, I", w), ("group_sizes", "E", group_sizes)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise ValueError(f"{name} is a {type(array).__name__}: expected an array [{axes}]")
+        if len(array.shape) != len(axes.split(",")):
+            raise ValueError(f"{name} has shape {tuple(array.shape)}: expected [{axes}]")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype}: expected a floating-point dtype")
+    if w.dtype != x.dtype:
+        raise ValueError(f"w is {w.dtype}, x is {x.dtype}: they must be equal")
+    if w.shape[2] != x.shape[1]:
+        raise ValueError(f"w has {w.shape[2]} inputs, x has {x.shape[1]}: they must be equal")
+    if not _is_integer_array(group_sizes) or group_sizes.shape[0] != w.shape[0]:
+        raise ValueError(
+            f"group_sizes is {_described(group_sizes)}: expected integers, one for each of {len(w)} groups"
+        )
 
 
 def _is_integer_array(value: Any) -> bool:

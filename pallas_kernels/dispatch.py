@@ -1,6 +1,6 @@
 """How a table of implementations is read: what a row says, why it refuses a call, which one serves it.
 
-The tables themselves are in flash_dispatch.py and paged_dispatch.py.
+The tables themselves are in flash_dispatch.py, paged_dispatch.py and grouped_dispatch.py.
 """
 
 from __future__ import annotations
@@ -102,13 +102,21 @@ def choose(
         if reason is not None:
             raise ValueError(f"implementation={implementation!r}: {reason}")
         return _load(table[implementation])
+    name = automatic(operation, table, problem)
+    if name is None:
+        raise ValueError("implementation='auto': no row of the table serves interpret=True here: name a Pallas kernel")
+    return _load(table[name])
+
+
+def automatic(operation: str, table: Mapping[str, Row[AnyProblem]], problem: AnyProblem) -> str | None:
+    """The first automatic row for the device that does not refuse the call; logs once why it passed others over."""
     for name, row in table.items():
         if row.automatic and problem.target.platform in row.platforms:
             reason = refusal(row, problem)
             if reason is None:
-                return _load(row)
+                return name
             _log_once(f"{operation}: {name} is passed over: {reason}")
-    raise ValueError("implementation='auto': no row of the table serves interpret=True here: name a Pallas kernel")
+    return None
 
 
 def _load(row: Row[Any]) -> Callable[..., Any]:

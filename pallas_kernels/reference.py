@@ -1,6 +1,6 @@
-"""The two attention operations written for the reader: dense, masked, float32. They define what the others must equal.
+"""The operations written for the reader: dense, masked, float32. They define what the others must equal.
 
-Nothing here is meant to be fast: scores of every query against every key are held at once.
+Nothing here is meant to be fast: scores of every query against every key, and a matrix for every row, are held at once.
 """
 
 from __future__ import annotations
@@ -146,3 +146,20 @@ def scaled(entries: Num[Array, "*rows K H"], scale: Float[Array, "K"] | None) ->
     """What stored entries stand for, in float32."""
     numbers = entries.astype(jnp.float32)
     return numbers if scale is None else numbers * scale[:, None]
+
+
+def grouped_matmul_reference(
+    x: Float[Array, "M I"], w: Float[Array, "E O I"], group_sizes: Int[Array, "E"]
+) -> Float[Array, "M O"]:
+    """Each row times the transposed matrix of its group, in float32; zeros for rows past the last group."""
+    inside = in_a_group(len(x), group_sizes)[:, None]
+    groups = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x)), side="right")
+    known = jnp.where(inside, x.astype(jnp.float32), 0.0)
+    matrices = w.astype(jnp.float32)[jnp.minimum(groups, len(w) - 1)]  # [M, O, I]
+    out = jnp.einsum("MI,MOI->MO", known, matrices, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(inside, out, 0.0).astype(x.dtype)
+
+
+def in_a_group(n_rows: int, group_sizes: Int[Array, "E"]) -> Bool[Array, "M"]:
+    """Which rows are not past the last group."""
+    return jnp.arange(n_rows) < jnp.sum(group_sizes)

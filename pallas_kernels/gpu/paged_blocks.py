@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .extent import Steps
-from .tensor_core import WGMMA
+from .tensor_core import WGMMA, clear_outside
 from .tiles import ROWS_EACH
 
 
@@ -188,7 +188,10 @@ def clear_strangers(blocks: Blocks, i: Array, start: Array, seen: Seen, me: Arra
     def clear() -> None:
         for piece in range(block // ROWS_EACH):
             clear_piece = functools.partial(
-                _clear_rows, values.at[pl.ds(piece * ROWS_EACH, ROWS_EACH)], start + piece * ROWS_EACH, seen
+                clear_outside,
+                values.at[pl.ds(piece * ROWS_EACH, ROWS_EACH)],
+                seen.first - (start + piece * ROWS_EACH),
+                seen.last - (start + piece * ROWS_EACH),
             )
             if blocks.memory.v_clear is None:
                 clear_piece()
@@ -198,10 +201,3 @@ def clear_strangers(blocks: Blocks, i: Array, start: Array, seen: Seen, me: Arra
         if blocks.memory.v_clear is not None:
             plgpu.barrier_arrive(blocks.memory.v_clear)
             plgpu.barrier_wait(blocks.memory.v_clear)
-
-
-def _clear_rows(rows: Any, start: Array, seen: Seen) -> None:
-    position = plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=WGMMA)
-    keep = (position >= seen.first - start) & (position <= seen.last - start)
-    values = plgpu.load(rows, layout=WGMMA, optimized=False)
-    rows[...] = jnp.where(keep, values, jnp.zeros_like(values))

@@ -127,6 +127,37 @@ def tile(shape: tuple[int, ...], dtype: Any, block: int = 64) -> Any:
     )
 
 
+def tile_and_rows(shape: tuple[int, int, int], dtype: Any, *, interpreted: bool) -> Any:
+    """Shared memory for matrix operands [..., rows, 64] that copies may fill, or read, from any row to any other.
+
+    TMA copies tiles of 8 rows from multiples of 8 only. With 64 columns of 16 bits a tile's rows lie one behind the
+    other, so the same bytes are also plain swizzled rows: `as_tile` for products and registers, `as_rows` for copies.
+    The interpreter, which knows no swizzles, takes one view for both.
+    """
+    whole = tile(shape, dtype)
+    if interpreted:
+        return (whole,)
+    row_by_row = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((64,)), plgpu.SwizzleTransform(128)))
+    return plgpu.RefUnion(whole, row_by_row)
+
+
+def as_tile(memory: Any) -> Any:
+    """What `tile_and_rows` made, as matrix operands."""
+    return memory[0]
+
+
+def as_rows(memory: Any) -> Any:
+    """What `tile_and_rows` made, as rows that a copy may begin and end at."""
+    return memory[-1]
+
+
+def clear_outside(block: Any, first: jax.Array, last: jax.Array) -> None:
+    """Zeros in the rows of a matrix operand before `first` and behind `last`. A fence must follow."""
+    row = plgpu.broadcasted_iota(jnp.int32, block.shape, 0, layout=WGMMA)
+    values = plgpu.load(block, layout=WGMMA, optimized=False)
+    block[...] = jnp.where((row >= first) & (row <= last), values, jnp.zeros_like(values))
+
+
 def columns_within(low: jax.Array | None, high: jax.Array | None, columns: int) -> jax.Array:
     """True at [row, column] where `low[row] <= column <= high[row]`; a limit that is None does not bind.
 
