@@ -1,10 +1,9 @@
 """Products of rows with the matrix of the expert that each row goes to. Knows arrays; routing is moe.py's.
 
 Rows are sorted by expert; `group_sizes[e]` of them go to expert e, and the work follows that number, not the number of
-experts. On a TPU that is jax's megablox kernel, which reads `[out, in]` matrices as they lie; XLA's own lowering of
-`jax.lax.ragged_dot` has as many operations but copies all experts to `[in, out]` first. On CPU and GPU XLA expands
-ragged_dot to every row times every expert, so there a loop takes a block of rows of one expert at a time. The same loop
-serves weights that are not one array, on every platform: quantised ones, with or without an adapter.
+experts. On TPUs and Hopper GPUs that is a kernel, `grouped_matmul`. Elsewhere XLA would expand its ragged_dot to every
+row times every expert, so there a loop takes a block of rows of one expert at a time. The same loop serves weights that
+are not one array, on every platform: quantised ones, with or without an adapter.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import grouped_matmul, has_grouped_kernel
 from pallas_kernels.dispatch import target
+from pallas_kernels.reference import in_a_group
 
-Implementation = Literal["auto", "kernel", "blocks"]
+Implementation = Literal["auto", "blocks"]
 # What one expert does with rows: (its trained weights, its frozen weights, rows [R, I]) -> rows [R, O].
 Apply = Callable[[Any, Any, Array], Array]
 
@@ -34,9 +35,6 @@ CPU_SINGLE_ROWS = 5
 # branches compile too long, and a slice at a computed index is copied first (on a CPU 3 times the time of one token).
 MAX_BRANCHES = 16
 
-# Of the kernel: rows in multiples of a bfloat16 tile, and 2 MB of a matrix at a time.
-LEAST_ROWS, WIDEST_TILE = 16, 1024
-
 
 def grouped_product(
     x: Float[Array, "M I"],
@@ -44,34 +42,17 @@ def grouped_product(
     group_sizes: Int[Array, "E"],
     *,
     implementation: Implementation = "auto",
-    interpret: bool = False,
 ) -> Float[Array, "M O"]:
     """Row m times the transposed matrix of the expert whose group it is in; zeros for rows past the last group.
 
-    "auto" is "kernel" on a TPU and "blocks" elsewhere; `interpret` runs the kernel step by step on CPU. Raises
-    ValueError for another implementation.
+    "auto" is a kernel where the device has one for these arrays, and "blocks" elsewhere. Raises ValueError for another
+    implementation.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(get_args(Implementation))}")
-    if implementation == "kernel" or (implementation == "auto" and has_kernel()):
-        return _by_kernel(x, weights, group_sizes, interpret)
+    if implementation == "auto" and has_grouped_kernel(x, weights):
+        return grouped_matmul(x, weights, group_sizes)
     return by_blocks(_matrix_product, weights, None, x, group_sizes)
-
-
-def has_kernel() -> bool:
-    """Whether the device compiled for has a kernel for dense experts."""
-    return target().platform == "tpu"
-
-
-def _by_kernel(x: Array, weights: Array, group_sizes: Array, interpret: bool) -> Float[Array, "M O"]:
-    from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-    n_rows, (_, n_out, n_in) = len(x), weights.shape
-    rows = min(1 << max(n_rows - 1, LEAST_ROWS - 1).bit_length(), MAX_ROWS)
-    padded = jnp.pad(x, ((0, -n_rows % rows), (0, 0)))
-    tiles = (rows, min(n_in, WIDEST_TILE), min(n_out, WIDEST_TILE))
-    out = gmm(padded, weights, group_sizes, x.dtype, tiles, transpose_rhs=True, interpret=interpret)[:n_rows]
-    return jnp.where(_in_a_group(x, group_sizes), out, 0)
 
 
 def rows_per_block(n_rows: int, n_experts: int, platform: str) -> int:
@@ -108,7 +89,7 @@ def by_blocks(
         return lax.dynamic_update_slice_in_dim(out, mixed, start, 0)
 
     out = lax.fori_loop(0, blocks.n_blocks, body, jnp.zeros((len(padded), *one.shape[1:]), one.dtype))[: len(x)]
-    return jnp.where(_in_a_group(x, group_sizes), out, 0)
+    return jnp.where(in_a_group(len(x), group_sizes)[:, None], out, 0)
 
 
 def _forward(apply: Apply, trained: Any, frozen: Any, x: Array, group_sizes: Array) -> tuple[Array, Any]:
@@ -135,7 +116,7 @@ def _backward(apply: Apply, kept: Any, d_out: Array) -> tuple[Any, None, Array, 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
     d_trained, d_x = lax.fori_loop(0, blocks.n_blocks, body, (zeros, jnp.zeros_like(padded)))
     d_trained = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), d_trained, trained)
-    return d_trained, None, jnp.where(_in_a_group(x, group_sizes), d_x[: len(x)], 0), None
+    return d_trained, None, jnp.where(in_a_group(len(x), group_sizes)[:, None], d_x[: len(x)], 0), None
 
 
 by_blocks.defvjp(_forward, _backward)
@@ -191,7 +172,3 @@ def _expert(weights: Any, expert: Int[Array, ""] | int) -> Any:
 
 def _matrix_product(weight: Float[Array, "O I"], _: None, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
     return x @ weight.T  # of one row, XLA's CPU backend fuses this with the slice; it copies for an einsum
-
-
-def _in_a_group(x: Array, group_sizes: Array) -> Array:
-    return (jnp.arange(len(x)) < jnp.sum(group_sizes))[:, None]

@@ -18,10 +18,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import has_grouped_kernel
+
 from .attend import sequence_axes
 from .config import ModelConfig, MoEConfig
 from .feed_forward import FeedForward
-from .grouped_product import by_blocks, grouped_product, has_kernel
+from .grouped_product import by_blocks, grouped_product
 from .linear import Linear, LowRank
 from .parameters import ParameterSpec
 from .quantization import LinearFormat, QuantizedProduct
@@ -33,6 +35,8 @@ Parts = Mapping[str, Array]
 # Of w1, w2 and w3: what gradients exist for, and what is frozen.
 ExpertArrays = tuple[Mapping[str, Parts], Mapping[str, Parts]]
 ADAPTER_PARTS = ("lora_a", "lora_b")
+# Ranks are padded to it for kernels: the lanes of a TPU, and twice what the Hopper kernel needs.
+RANK_MULTIPLE = 128
 
 
 class Routing(NamedTuple):
@@ -99,6 +103,17 @@ class Product:
     def of_expert(self, trained: Parts, frozen: Parts, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         """The same, with the arrays apart."""
         return self({**trained, **frozen}, x)
+
+    def of_groups(self, parts: Parts, x: Float[Array, "M I"], group_sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
+        """Of all experts at once, dense, from their stacked arrays. What an adapter adds is rounded once more."""
+        product = grouped_product(x, parts["weight"], group_sizes)
+        if self.adapter is None:
+            return product
+        missing = (0, -self.adapter.rank % RANK_MULTIPLE)
+        down = jnp.pad(parts["lora_a"].astype(x.dtype), ((0, 0), missing, (0, 0)))
+        up = jnp.pad(parts["lora_b"].astype(x.dtype), ((0, 0), (0, 0), missing))
+        low = grouped_product(grouped_product(x, down, group_sizes), up, group_sizes)
+        return (product + self.adapter.scale * low.astype(jnp.float32)).astype(product.dtype)
 
     def _base(self, parts: Parts, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         if self.stored is None:
@@ -178,12 +193,12 @@ class ExpertForm:
     def run(self, arrays: ExpertArrays, x: Float[Array, "M D"], group_sizes: Int[Array, "E"]) -> Float[Array, "M D"]:
         """Rows sorted by expert through their experts; zeros for rows past the last group."""
         trained, frozen = arrays
-        plain = Product(None, None)
-        if not has_kernel() or (self.w1, self.w2, self.w3) != (plain, plain, plain):
+        dense = all(w.stored is None for w in (self.w1, self.w2, self.w3))
+        if not dense or not all(has_grouped_kernel(x, parts["weight"]) for parts in trained.values()):
             return by_blocks(self.of_one, trained, frozen, x, group_sizes)
 
         def product(name: str, x: Array) -> Array:
-            return grouped_product(x, trained[name]["weight"], group_sizes)
+            return getattr(self, name).of_groups(trained[name], x, group_sizes)
 
         return product("w2", jax.nn.silu(product("w1", x)) * product("w3", x))
 

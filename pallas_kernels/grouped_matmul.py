@@ -6,7 +6,6 @@ import typing
 from typing import Any
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from .arguments import check_grouped_arrays
@@ -44,23 +43,22 @@ def grouped_matmul(
     names = typing.get_args(Implementation)
     if implementation not in names:
         raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(names)}")
-    problem = _problem(x.dtype, w.shape, bool(interpret))
-    run = choose("grouped_matmul", TABLE, implementation, problem)
+    run = choose("grouped_matmul", TABLE, implementation, _problem(x, w, bool(interpret)))
     if not len(x):
         return jnp.zeros((0, w.shape[1]), x.dtype)
     settings = {"interpret": interpret} if interpret else {}
     return run(*map(jnp.asarray, (x, w)), jnp.asarray(group_sizes, jnp.int32), **settings)
 
 
-def has_grouped_kernel(dtype: DTypeLike, shape: tuple[int, ...]) -> bool:
-    """Whether a kernel serves rows of `dtype` times matrices [E, O, I] on the device compiled for.
+def has_grouped_kernel(x: Float[Array, "M _"], w: Float[Array, "E O I"]) -> bool:
+    """Whether a kernel serves rows of the dtype of x times these matrices, on the device compiled for.
 
     Where none does, ragged_dot is left, which multiplies every row by every matrix on CPU and GPU. Says once why a
     kernel for the device was passed over.
     """
-    name = automatic("grouped_matmul", TABLE, _problem(dtype, shape, interpret=False))
-    return name is not None and TABLE[name].interpretable
+    name = automatic("grouped_matmul", TABLE, _problem(x, w, interpret=False))
+    return x.dtype == w.dtype and name is not None and TABLE[name].interpretable
 
 
-def _problem(dtype: DTypeLike, shape: tuple[int, ...], interpret: bool) -> GroupedProblem:
-    return GroupedProblem(target(), jnp.dtype(dtype).name, (shape[2], shape[1]), interpret)
+def _problem(x: Array, w: Array, interpret: bool) -> GroupedProblem:
+    return GroupedProblem(target(), x.dtype.name, (w.shape[2], w.shape[1]), interpret)

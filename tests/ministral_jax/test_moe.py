@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ministral_jax import moe as moe_module
 from ministral_jax.config import ModelConfig, MoEConfig
 from ministral_jax.linear import LowRank
 from ministral_jax.moe import MoE, group, route
@@ -210,8 +211,10 @@ def test_quantised_experts_compute_what_their_matrices_mean(moe: MoEConfig, stor
     assert_close(found, dense_sum(module, x, meant), CLOSE if stored.activations == "none" else 0.05)
 
 
-def test_an_adapter_of_every_expert_adds_its_product() -> None:
+@pytest.mark.parametrize("by_groups", [False, True], ids=["one expert after the other", "all at once"])
+def test_an_adapter_of_every_expert_adds_its_product(by_groups: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if each matrix were `W + scale * B A`, and gradients reach A and B."""
+    monkeypatch.setattr(moe_module, "has_grouped_kernel", lambda x, w: by_groups)
     base, moe, rank = layer(MIXTRAL), MIXTRAL, 3
     module = MoE(config(moe), jnp.float32)
     for name in ("w1", "w2", "w3"):
