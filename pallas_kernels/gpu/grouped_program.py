@@ -125,19 +125,24 @@ def chunks(plan: GroupedPlan, dtype: Any, interpret: Any) -> Any:
 
 
 def store(acc: Array, me: Array, memory: Any, rows: Array, place: Callable[[Array, int, int], Any]) -> None:
-    """The first `rows` rows of a consumer's sum. `place(row, count, column)` is where so many rows of a chunk belong.
-
-    How many rows a copy has is static: one copy for every power of two in `rows`. The largest come first.
-    """
+    """The first `rows` rows of a consumer's sum; `place(row, count, column)` is where so many rows of a chunk go."""
     slots = as_tile(memory).shape[1]
-    for c in range(acc.shape[1] // CHUNK):
-        slot, column = c % slots, c * CHUNK
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        as_tile(memory)[me, slot] = acc[:, column : column + CHUNK].astype(as_tile(memory).dtype)
-        plgpu.commit_smem()
-        for count in (1 << bit for bit in range(ROWS_EACH.bit_length())):
-            row = rows & ~(2 * count - 1)
-            source, target = as_rows(memory).at[me, slot, pl.ds(row, count)], place(row, count, column)
-            copy = functools.partial(plgpu.copy_smem_to_gmem, source, target, commit_group=False)
-            pl.when((rows & count) != 0)(copy)
-        plgpu.commit_smem_to_gmem_group()
+
+    @pl.when(rows > 0)
+    def some() -> None:
+        for c in range(acc.shape[1] // CHUNK):
+            slot, column = c % slots, c * CHUNK
+            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            as_tile(memory)[me, slot] = acc[:, column : column + CHUNK].astype(as_tile(memory).dtype)
+            plgpu.commit_smem()
+            _copy_rows(as_rows(memory).at[me, slot], rows, lambda row, count, column=column: place(row, count, column))
+            plgpu.commit_smem_to_gmem_group()
+
+
+def _copy_rows(chunk: Any, rows: Array, place: Callable[[Array, int], Any]) -> None:
+    """How many rows a copy has is static: one for every power of two in `rows`. The largest come first."""
+    for count in (1 << bit for bit in range(ROWS_EACH.bit_length())):
+        row = rows & ~(2 * count - 1)
+        source, target = chunk.at[pl.ds(row, count)], place(row, count)
+        copy = functools.partial(plgpu.copy_smem_to_gmem, source, target, commit_group=False)
+        pl.when((rows & count) != 0)(copy)

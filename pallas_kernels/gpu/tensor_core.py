@@ -47,6 +47,15 @@ class _DeviceAccumulator:
         return plgpu.wgmma_accumulator_load(self.ref, wait_n=in_flight)
 
 
+class _WatchedAccumulator(_DeviceAccumulator):
+    """Also reads the operands, since the interpreter's race detector does not watch what its products read."""
+
+    def add(self, left: Any, right: Any) -> None:
+        _ = left[...], right[...]
+        plgpu.commit_smem()
+        super().add(left, right)
+
+
 class _InterpretedAccumulator:
     """Reads the right operand at once. The fence orders that read before a later copy into the same buffer."""
 
@@ -88,7 +97,7 @@ def accumulating(
 
 def _interpreted(body: Callable[..., Any], fresh: Sequence[tuple[int, int]], continued: Sequence[jax.Array]) -> Any:
     def run(*refs: Any) -> Any:
-        return body(*map(_DeviceAccumulator, refs), *map(_InterpretedAccumulator, continued))
+        return body(*map(_WatchedAccumulator, refs), *map(_InterpretedAccumulator, continued))
 
     if not fresh:
         return run()
@@ -127,7 +136,7 @@ def tile(shape: tuple[int, ...], dtype: Any, block: int = 64) -> Any:
     )
 
 
-def tile_and_rows(shape: tuple[int, int, int], dtype: Any, *, interpreted: bool) -> Any:
+def tile_and_rows(shape: tuple[int, ...], dtype: Any, *, interpreted: bool) -> Any:
     """Shared memory for matrix operands [..., rows, 64] that copies may fill, or read, from any row to any other.
 
     TMA copies tiles of 8 rows from multiples of 8 only. With 64 columns of 16 bits a tile's rows lie one behind the
