@@ -7,6 +7,7 @@ follows the tokens that are routed, so the second may cost more only where more 
 of the bytes of the experts that were hit over the rate at which a matrix is read here, and of the operations over the
 rate of one large product here; both rates are measured in the same run. Calls of both sides take turns, and the least
 of their times counts, on the clock and of processors. Needs the parity extra. Writes benchmarks/results/moe.json.
+The kernels of accelerators are grouped.py's.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 #!/bin/sh
-# Everything that needs a Hopper GPU: is it right on the device, then how fast is it. Each half takes under ten minutes.
+# Everything that needs a Hopper GPU: is it right on the device, then how fast is it. Each part takes under ten minutes.
 # Needs jax >= 0.11 with its CUDA plugin; torch and transformers for their rows. Writes benchmarks/results/.
 #
 #     sh benchmarks/on_gpu.sh flash [python]     flash_attention, forward and backward
 #     sh benchmarks/on_gpu.sh paged [python]     paged_attention, decode steps, a long prompt
+#     sh benchmarks/on_gpu.sh moe [python]       grouped_matmul, products of experts and their gradients
 set -eu
 cd "$(dirname "$0")/.."
-half=${1:-}
+what=${1:-}
 python=${2:-python3}
-case $half in
-flash | paged) ;;
+case $what in
+flash | paged | moe) ;;
 *)
-    echo "usage: sh benchmarks/on_gpu.sh flash|paged [python]" >&2
+    echo "usage: sh benchmarks/on_gpu.sh flash|paged|moe [python]" >&2
     exit 2
     ;;
 esac
@@ -37,7 +38,7 @@ right() {
 }
 
 # Rows are written as they are measured: where time is up, those before it are kept.
-case $half in
+case $what in
 flash)
     right benchmarks/gpu_correctness.py
     # The kernels and cuDNN come first, and 60 s are left for the last row.
@@ -50,5 +51,9 @@ paged)
     timeout 90 "$python" benchmarks/decode.py --parts attention --seconds 0.2 --out "$out-attention-$name.json"
     timeout 90 "$python" benchmarks/decode.py --parts prompt --out "$out-prompt-$name.json" || echo "the prompt: $?"
     timeout 230 "$python" benchmarks/decode.py --parts step --seconds 0.2 --out "$out-step-$name.json" || echo "steps: $?"
+    ;;
+moe)
+    right benchmarks/gpu_grouped_correctness.py
+    timeout 300 "$python" benchmarks/grouped.py --limit 240 --out "benchmarks/results/grouped-$name.json"
     ;;
 esac
