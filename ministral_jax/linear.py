@@ -5,11 +5,14 @@ What a projection holds is decided here and nowhere else; layers only call it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -84,7 +87,7 @@ class Linear(nnx.Module):
         product = self._product(x)
         if self.adapter is None:
             return product
-        return (product + self.adapter.scale * self._low_rank_product(x)).astype(product.dtype)
+        return product + low_rank_product(self._dropped(x), self.lora_a[...], self.lora_b[...], self.adapter.scale)
 
     def _product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         if self.stored is None:
@@ -94,15 +97,6 @@ class Linear(nnx.Module):
             return weight.quantized_product(x)
         return weight.product(x)
 
-    def _low_rank_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
-        """`B A x` in float32, of operands in the dtype of `x`: the matrices are kept in more bits than they act in.
-
-        That is mistral-finetune's arithmetic, but for the sum with `W x`, which is rounded once, as in PEFT.
-        """
-        down, up = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
-        inner = jnp.einsum("...I,RI->...R", self._dropped(x), down)
-        return jnp.einsum("...R,OR->...O", inner, up, preferred_element_type=jnp.float32)
-
     def _dropped(self, x: Float[Array, "*T I"]) -> Float[Array, "*T I"]:
         """`x` with a random share of its numbers zero and the others larger for it, where there is a key."""
         if self.adapter is None or self.dropout_key is None or not self.adapter.dropout:
@@ -110,6 +104,44 @@ class Linear(nnx.Module):
         kept = 1.0 - self.adapter.dropout
         mask = jax.random.bernoulli(self.dropout_key[...], kept, x.shape)
         return jnp.where(mask, x / kept, 0).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def low_rank_product(
+    x: Float[Array, "*T I"], down: Float[Array, "R I"], up: Float[Array, "O R"], scale: float
+) -> Float[Array, "*T O"]:
+    """`scale * B A x` in the dtype of `x`, in which the matrices act too, kept though they are in more bits.
+
+    `scale` is applied to the few numbers of `A x`, and no array of the width of the projection is made in float32, so
+    that libraries add this product and `W x` in one pass. Differentiable once; gradients of the matrices are summed in
+    float32.
+    """
+    return _low_rank_forward(x, down, up, scale)[0]
+
+
+def _low_rank_forward(x: Array, down: Array, up: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
+    inner = (scale * _contract("...I,RI->...R", x, down.astype(x.dtype))).astype(x.dtype)
+    return jnp.einsum("...R,OR->...O", inner, up.astype(x.dtype)), (x, down, up, inner)
+
+
+def _low_rank_backward(scale: float, residuals: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
+    x, down, up, inner = residuals
+    d_inner = (scale * _contract("...O,OR->...R", d_out, up.astype(x.dtype))).astype(x.dtype)
+    d_x = jnp.einsum("...R,RI->...I", d_inner, down.astype(x.dtype))
+    # The operand of R columns comes first: XLA's CPU backend transposes that one, and the other is many times larger.
+    return d_x, _over_tokens(d_inner, x).astype(down.dtype), _over_tokens(inner, d_out).T.astype(up.dtype)
+
+
+_contract: Any = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _over_tokens(one: Float[Array, "*T R"], other: Float[Array, "*T I"]) -> Float[Array, "R I"]:
+    """`one.T @ other`, summed over all tokens in float32."""
+    tokens = tuple(range(one.ndim - 1))
+    return lax.dot_general(one, other, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32)
+
+
+low_rank_product.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 def projections(model: nnx.Module) -> dict[str, Linear]:

@@ -249,8 +249,10 @@ def _gradients(
             d_probs = jnp.einsum("BKGTH,BKSH->BKGTS", d_out_block, v_block, **f32)
             d_scores = (probs * (d_probs - delta_block) * shape.scale).astype(q.dtype)
             dq_block += jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k_block, **f32)
-            dk_block = jnp.einsum("BKGTS,BKGTH->BKSH", d_scores, q_block, **f32)
-            dv_block = jnp.einsum("BKGTS,BKGTH->BKSH", probs.astype(q.dtype), d_out_block, **f32)
+            # Transposed, with the narrow operand first: XLA's CPU backend copies the first into the order that it
+            # contracts in, and for scores that took as long as the product.
+            dk_block = jnp.einsum("BKGTH,BKGTS->BKHS", q_block, d_scores, **f32).mT
+            dv_block = jnp.einsum("BKGTH,BKGTS->BKHS", d_out_block, probs.astype(q.dtype), **f32).mT
             return dq_block, _add_at(dk, dk_block, k_start), _add_at(dv, dv_block, k_start)
 
         dq_start = jnp.zeros(q_block.shape, jnp.float32)

@@ -105,7 +105,7 @@ def test_an_adapter_adds_its_scaled_product_to_a_weight_of_any_format(case):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.ptp(expected))
 
 
-def test_in_bfloat16_the_sum_is_rounded_once():
+def test_in_bfloat16_each_product_and_the_sum_are_rounded_once():
     parts = {"weight": drawn(OUT, IN), "lora_a": drawn(RANK, IN, seed=1), "lora_b": drawn(OUT, RANK, seed=2)}
     x = jnp.asarray(drawn(5, IN, seed=3), jnp.bfloat16)
     linear = projection(dtype=jnp.bfloat16)
@@ -113,12 +113,25 @@ def test_in_bfloat16_the_sum_is_rounded_once():
     specs = parameter_specs(linear)
     found = fill(linear, {name: jnp.asarray(parts[name], specs[name].dtype) for name in specs})(x)
     assert found.dtype == jnp.bfloat16
-    weight, a, b = (np.asarray(jnp.asarray(part, jnp.bfloat16), np.float64) for part in parts.values())
-    wide = np.asarray(x, np.float64)
-    inner = np.asarray(jnp.asarray(wide @ a.T, jnp.bfloat16), np.float64)
-    base = np.asarray(jnp.asarray(wide @ weight.T, jnp.bfloat16), np.float64)
-    expected = base + SCALE * inner @ b.T
-    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=0.02)
+
+    def rounded(array):
+        return np.asarray(jnp.asarray(array, jnp.bfloat16), np.float64)
+
+    weight, a, b = map(rounded, parts.values())
+    base = rounded(np.asarray(x, np.float64) @ weight.T)
+    low = rounded(rounded(SCALE * np.asarray(x, np.float64) @ a.T) @ b.T)
+    np.testing.assert_allclose(np.asarray(found, np.float64), base + low, rtol=2**-8, atol=0.02)
+
+
+def test_gradients_of_a_bfloat16_model_are_summed_in_float32():
+    """Over more tokens than bfloat16 can count, each adding as much."""
+    x, linear = jnp.ones((2, 512, IN), jnp.bfloat16), projection(dtype=jnp.bfloat16)
+    linear = fill(linear, lambda name, spec: jnp.full(spec.shape, 2.0**-4 * (name != "weight"), spec.dtype))
+    graph, adapters, rest = nnx.split(linear, AdapterParam, ...)
+    found = by_name(jax.grad(lambda part: jnp.sum(nnx.merge(graph, part, rest)(x).astype(jnp.float32)))(adapters))
+    assert {array.dtype for array in found.values()} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_array_equal(found["lora_b"], np.full((OUT, RANK), 1024 * SCALE * IN / 16))
+    np.testing.assert_array_equal(found["lora_a"], np.full((RANK, IN), 1024 * SCALE * OUT / 16))
 
 
 def test_new_adapters_change_nothing_and_begin_as_kaiming_uniform():
