@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .parameters import ParameterSpec
-from .quantization import LinearFormat, QuantizedProduct, QuantizedWeight
+from .quantization import LinearFormat, QuantizedProduct, QuantizedWeight, rounded_product
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Linear(nnx.Module):
             return jnp.einsum("...I,OI->...O", x, self.weight[...])
         weight = self.quantized_weight()
         if self.stored.activations != "none" and isinstance(weight, QuantizedProduct):
-            return weight.quantized_product(x)
+            return rounded_product(weight, x)
         return weight.product(x)
 
     def _dropped(self, x: Float[Array, "*T I"]) -> Float[Array, "*T I"]:

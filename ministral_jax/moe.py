@@ -26,7 +26,7 @@ from .feed_forward import FeedForward
 from .grouped_product import by_blocks, grouped_product
 from .linear import Linear, LowRank
 from .parameters import ParameterSpec
-from .quantization import LinearFormat, QuantizedProduct
+from .quantization import LinearFormat, QuantizedProduct, rounded_product
 from .quantization.fp8 import BLOCK
 from .sharding.expert_exchange import MAX_BUFFER_BYTES, at_their_experts
 from .sharding.layout import Layout
@@ -120,7 +120,7 @@ class Product:
             return x @ parts["weight"].T  # not an einsum, see grouped_product
         weight = self.stored.weight(parts)
         if self.stored.activations != "none" and isinstance(weight, QuantizedProduct):
-            return weight.quantized_product(x)
+            return rounded_product(weight, x)
         return weight.product(x)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,33 @@ class QuantizedProduct(QuantizedWeight, Protocol):
     def quantized_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`x @ W.T` in the dtype of `x`, activations rounded as the format says."""
         ...
+
+
+def rounded_product(weight: QuantizedProduct, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+    """`weight.quantized_product(x)`, whose gradient is that of `weight.product(x)`.
+
+    Rounding has no slope, so that nothing would reach the layers below; it is passed by, as if it were not there
+    (straight-through, Bengio et al. 2013, arXiv 1308.3432). The weight itself has no gradient.
+    """
+    arrays, structure = jax.tree.flatten(weight)
+    return _rounded_product(structure, arrays, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_product(structure: Any, arrays: list[Array], x: Array) -> Array:
+    return jax.tree.unflatten(structure, arrays).quantized_product(x)
+
+
+def _rounded_forward(structure: Any, arrays: list[Array], x: Array) -> tuple[Array, tuple[list[Array], Array]]:
+    return _rounded_product(structure, arrays, x), (arrays, x)
+
+
+def _rounded_backward(structure: Any, residuals: tuple[list[Array], Array], d_out: Array) -> tuple[None, Array]:
+    arrays, x = residuals
+    return None, jax.vjp(jax.tree.unflatten(structure, arrays).product, x)[1](d_out)[0]
+
+
+_rounded_product.defvjp(_rounded_forward, _rounded_backward)
 
 
 def contract(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:

@@ -301,6 +301,25 @@ def test_gradients_are_those_of_the_sum_of_both_products():
             np.testing.assert_allclose(found[f"{name}.{part}"], expected, rtol=0, atol=2e-5 * np.ptp(expected))
 
 
+ROUNDED = [case for case in CASES if case[1] != "none" and case[2] == "compressed" and case[0] != "fp8_channel"]
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids="-".join)
+def test_gradients_pass_the_rounding_of_activations_by(case):
+    """What reaches the layers below is `d_out W`, whatever the activations were rounded to."""
+    name, activations, spelling = case
+    weight = drawn(OUT, IN)
+    arrays = encode(weight, name, activations, spelling)
+    linear = Linear(OUT, IN, ("hidden", "embed"), jnp.float32)
+    linear.store_as(LinearFormat(name, activations))
+    specs = parameter_specs(linear)
+    linear = fill(linear, {n: jnp.asarray(a.reshape(specs[n].shape), specs[n].dtype) for n, a in arrays.items()})
+    d_out = drawn(5, OUT, seed=4)
+    found = jax.grad(lambda x: jnp.sum(jnp.asarray(d_out) * linear(x)))(jnp.asarray(drawn(5, IN, seed=3)))
+    expected = d_out.astype(np.float64) @ values(arrays, name)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.ptp(expected))
+
+
 def test_dropout_drops_its_share_before_a_and_nothing_of_the_base():
     weight, a, b = drawn(OUT, IN), drawn(RANK, IN, seed=1), drawn(OUT, RANK, seed=2)
     linear = fill(
