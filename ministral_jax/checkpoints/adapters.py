@@ -6,9 +6,10 @@ From file to file, see conversion/adapters.py; what an adapter computes is in li
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +38,18 @@ from .conversion.adapters import (
 )
 from .conversion.canonical import LORA_LEAVES, PEFT_PREFIX
 from .conversion.expected import interleaved_heads
+from .conversion.expert_adapters import (
+    FusedAdapter,
+    expert_module,
+    expert_of,
+    fused_adapters,
+    fused_metadata,
+    peft_ranks,
+    stored_names,
+)
 from .conversion.opening import open_checkpoint
 from .conversion.pieces import DTYPES, Dtype, Pieces, dense_dtype
+from .layouts import mistral_name
 from .safetensors_writer import TensorSpec, write_safetensors
 from .translate import Name, hf_name
 
@@ -76,15 +87,13 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     require_adapter(folder)
     with open_checkpoint(folder, base=config) as opened:
         assert opened.adapter is not None
-        ranks, pieces = opened.adapter_ranks(), Pieces(opened)
+        pieces = Pieces(opened)
         matrices: dict[str, dict[str, np.ndarray]] = {}
         for tensor in opened.tensors.values():
             matrix = pieces.whole(tensor, interleaved=False)
             matrices.setdefault(tensor.name.module, {})[_PARTS[tensor.name.leaf]] = matrix
-        modules = {
-            module: LowRank(rank, opened.adapter.scaling_of(theirs), opened.adapter.dropout)
-            for module, (theirs, rank) in zip(matrices, ranks.items(), strict=True)
-        }
+        dropout = opened.adapter.dropout
+        modules = {module: LowRank(*low_rank, dropout) for module, low_rank in opened.low_ranks().items()}
     return Adapter(folder, modules, matrices)
 
 
@@ -137,8 +146,8 @@ def file_modules(model: Model, name: str, linear: Linear) -> Iterator[tuple[str,
     """The modules of files that the projection `name` of `model` holds, and where each lies in its leading axes."""
     stacked = isinstance(model, StackedTransformer) and name.startswith("places.")
     names = model.pattern.names(name) if isinstance(model, StackedTransformer) else [name]
-    for layer, module in enumerate(names):
-        index = (layer,) if stacked else ()
+    for layer, ours in enumerate(names):
+        index, module = (layer,) if stacked else (), mistral_name(f"{ours}.weight", model.config).rpartition(".")[0]
         if not isinstance(linear, ExpertLinear):
             yield module, index
             continue
@@ -179,25 +188,71 @@ def save_adapter(
     (rank, scaling), _ = Counter((home.adapter.rank, home.adapter.scale) for home in homes.values()).most_common(1)[0]
     settings = AdapterSettings(rank, scaling, max(home.adapter.dropout for home in homes.values()), base)
     stored = np.dtype(jnp.dtype(dtype or model.tok_embeddings.weight.dtype))
-    names = {_file_name(Name(module, leaf), config, to): (module, leaf) for module in homes for leaf in _PARTS}
+    if to == "mistral":
+        _save_mistral(folder, homes, settings, config, stored)
+    else:
+        _save_peft(folder, homes, settings, config, stored)
+
+
+def _save_mistral(
+    folder: Path, homes: Mapping[str, _Home], settings: AdapterSettings, config: ModelConfig, stored: np.dtype
+) -> None:
+    names = {str(Name(module, leaf)): (module, leaf) for module in homes for leaf in _PARTS}
     specs = {name: TensorSpec(stored, homes[module].shape(leaf)) for name, (module, leaf) in names.items()}
 
     def produce(name: str) -> np.ndarray:
         module, leaf = names[name]
         values = homes[module].values(leaf)
-        if leaf == _UP and to == "mistral":
-            values = values * np.float32(homes[module].adapter.scale / scaling)
+        if leaf == _UP:
+            values = values * np.float32(homes[module].adapter.scale / settings.scaling)
             heads = interleaved_heads(module, config)
             values = interleaved_rows(values, heads) if heads else values
         return values.astype(stored)
 
-    if to == "mistral":
-        write_safetensors(folder / MISTRAL_FILE, specs, produce, {"scaling": repr(scaling)})
-        document = mistral_document(settings, params_from_config(config))
-        write_json(folder / CONFIG_FILE_NAMES["mistral"], document)
-    else:
-        write_safetensors(folder / PEFT_FILE, specs, produce, {"format": "pt"})
-        write_json(folder / PEFT_CONFIG, _peft_document(homes, config, settings))
+    write_safetensors(folder / MISTRAL_FILE, specs, produce, {"scaling": repr(settings.scaling)})
+    document = mistral_document(settings, params_from_config(config))
+    write_json(folder / CONFIG_FILE_NAMES["mistral"], document)
+
+
+def _save_peft(
+    folder: Path, homes: Mapping[str, _Home], settings: AdapterSettings, config: ModelConfig, stored: np.dtype
+) -> None:
+    wrapped = config.vision is not None
+    low_ranks = {module: (home.adapter.rank, home.adapter.scale) for module, home in homes.items()}
+
+    def same_down(layer: str) -> bool:
+        pairs = [
+            [homes[expert_module(layer, expert, part, config)].values(_DOWN) for part in ("w1", "w3")]
+            for expert in range(config.moe.n_experts if config.moe else 0)
+        ]
+        return all(np.array_equal(one, other) for one, other in pairs)
+
+    of_experts = fused_adapters(low_ranks, config, same_down, folder)
+    tensors: dict[str, tuple[tuple[int, int], Callable[[], np.ndarray]]] = {}
+    for module, home in homes.items():
+        for leaf in _PARTS if not expert_of(module) else ():
+            name = PEFT_PREFIX + hf_name(Name(module, leaf), wrapped=wrapped)
+            tensors[name] = home.shape(leaf), functools.partial(home.values, leaf)
+    for fused, names in stored_names(of_experts, wrapped=wrapped):
+        for leaf, name in names.items():
+            tensors[name] = fused.shape(leaf, config.dim), functools.partial(_of_all, fused, leaf, homes, config)
+    specs = {name: TensorSpec(stored, shape) for name, (shape, _) in tensors.items()}
+    metadata = {"format": "pt"} | fused_metadata(of_experts, wrapped=wrapped)
+    write_safetensors(folder / PEFT_FILE, specs, lambda name: tensors[name][1]().astype(stored), metadata)
+    document = peft_document(settings, *peft_ranks(low_ranks, of_experts, config), config)
+    write_json(folder / PEFT_CONFIG, document)
+
+
+def _of_all(fused: FusedAdapter, leaf: str, homes: Mapping[str, _Home], config: ModelConfig) -> np.ndarray:
+    """A or B of all experts of a layer, as PEFT has it."""
+
+    def matrix(expert: int, part: str) -> np.ndarray:
+        return homes[expert_module(fused.layer, expert, part, config)].values(leaf)
+
+    if leaf == _UP:
+        rows = fused.shape(_UP, config.dim)[0]
+        return fused.up(0, rows, lambda expert, part, *span: matrix(expert, part)[slice(*span)], np.dtype(np.float32))
+    return np.concatenate([matrix(expert, part) for expert in range(fused.n_experts) for part in fused.down_parts])
 
 
 @dataclass(frozen=True)
@@ -227,16 +282,3 @@ def _adapted_modules(model: Model) -> dict[str, _Home]:
         for module, index in file_modules(model, name, linear)
     }
     return {module: homes[module] for module in sorted(homes, key=lambda name: int(name.split(".")[1]))}
-
-
-def _file_name(name: Name, config: ModelConfig, to: Layout) -> str:
-    return str(name) if to == "mistral" else PEFT_PREFIX + hf_name(name, wrapped=config.vision is not None)
-
-
-def _peft_document(homes: Mapping[str, _Home], config: ModelConfig, settings: AdapterSettings) -> dict[str, object]:
-    wrapped = config.vision is not None
-    theirs = {
-        hf_name(Name(module, _DOWN), wrapped=wrapped).removesuffix(f".{_DOWN}"): (home.adapter.rank, home.adapter.scale)
-        for module, home in homes.items()
-    }
-    return peft_document(settings, theirs, n_layers=config.n_layers, wrapped=wrapped)

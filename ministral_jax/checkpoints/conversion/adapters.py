@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...config import ModelConfig
 from ...config_files.fields import Fields
 from ...config_files.json_file import read_json_object
 from ...errors import CheckpointError, ConfigError
@@ -33,7 +34,6 @@ _UNSUPPORTED = (
     "modules_to_save",
     "lora_bias",
     "fan_in_fan_out",
-    "target_parameters",
     "use_qalora",
     "trainable_token_indices",
     "layer_replication",
@@ -45,6 +45,8 @@ _UNSUPPORTED = (
     "kasa_config",
     "megatron_config",
 )
+# The parameters that all experts of a layer are; adapters of other parameters alone are not read.
+_PARAMETERS = ("experts.gate_up_proj", "experts.down_proj")
 # First values that leave the base's weights as they are; after the others, the adapter belongs to a changed base.
 _KNOWN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -113,6 +115,7 @@ def settings_of_peft(document: Mapping[str, Any]) -> AdapterSettings:
     for key in _UNSUPPORTED:
         if document.get(key):
             raise fields.error(key, "none: only plain LoRA can be read")
+    _require_parameters(fields)
     start = document.get("init_lora_weights")
     if not any(start is known or (isinstance(start, str) and start == known) for known in _KNOWN_STARTS):
         raise fields.error("init_lora_weights", "true: others change the base's weights, or are not known")
@@ -130,6 +133,17 @@ def settings_of_peft(document: Mapping[str, Any]) -> AdapterSettings:
         alpha=alpha,
         rooted=rooted,
     )
+
+
+def _require_parameters(fields: Fields) -> None:
+    """That no parameters are targeted by themselves but those of experts."""
+    targets = fields.value("target_parameters") or []
+    ends = (*_PARAMETERS, *(name.rpartition(".")[2] for name in _PARAMETERS))
+    known = isinstance(targets, list) and all(
+        isinstance(target, str) and f".{target}".endswith(tuple(f".{end}" for end in ends)) for target in targets
+    )
+    if not known:
+        raise fields.error("target_parameters", f"only {' and '.join(_PARAMETERS)}, or nothing")
 
 
 def _pattern(fields: Fields, key: str, read: Callable[[Fields, str], Any]) -> dict[str, Any]:
@@ -182,23 +196,26 @@ def _number(text: str | None) -> Any:
 def peft_document(
     settings: AdapterSettings,
     modules: Mapping[str, tuple[int, float]],
+    parameters: Mapping[str, tuple[int, float]],
+    config: ModelConfig,
     *,
-    n_layers: int,
-    wrapped: bool,
     kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """adapter_config.json for an adapter of the HF `modules`, each of a rank and a factor.
+    """adapter_config.json for an adapter of the HF `modules` and, of experts, `parameters`, each of a rank and factor.
 
     `kept` is the source's own document, written if it still says the same. Beside a vision tower, whose modules have
-    the same last names, the text decoder's are given by a pattern.
+    the same last names, the text decoder's are given by a pattern. PEFT refuses dropout before the A of experts.
     """
+    adapted = {**modules, **parameters}
+    dropout = 0.0 if parameters else settings.dropout
     if kept is not None:
         found = settings_of_peft(kept)
-        same = all((found.rank_of(name), found.scaling_of(name)) == value for name, value in modules.items())
-        if same and found.dropout == settings.dropout and found.base == (settings.base or found.base):
+        same = all((found.rank_of(name), found.scaling_of(name)) == value for name, value in adapted.items())
+        same = same and bool(kept.get("target_parameters")) == bool(parameters)
+        if same and found.dropout == dropout and found.base == (settings.base or found.base):
             return dict(kept)
-    (rank, factor), _ = Counter(modules.values()).most_common(1)[0]
-    alphas = {name: r * scaling for name, (r, scaling) in modules.items()}
+    (rank, factor), _ = Counter(adapted.values()).most_common(1)[0]
+    alphas = {name: r * scaling for name, (r, scaling) in adapted.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -208,24 +225,38 @@ def peft_document(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": _whole(rank * factor),
-        "lora_dropout": settings.dropout,
+        "lora_dropout": dropout,
         "modules_to_save": None,
         "r": rank,
-        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != rank},
+        "rank_pattern": {name: r for name, (r, _) in adapted.items() if r != rank},
         "alpha_pattern": {name: _whole(a) for name, a in alphas.items() if a != rank * factor},
-        "target_modules": _target_modules(list(modules), n_layers, wrapped=wrapped),
+        "target_modules": _target_modules(list(modules), config),
+        "target_parameters": _target_parameters(list(parameters), config),
         "use_dora": False,
         "use_rslora": False,
     }
 
 
-def _target_modules(modules: list[str], n_layers: int, *, wrapped: bool) -> list[str] | str:
+def _target_modules(modules: list[str], config: ModelConfig) -> list[str] | str:
     """The last names of the modules if every layer has them all, else the modules one by one."""
-    places = Counter(re.sub(r"\blayers\.[0-9]+\.", "", module) for module in modules)
-    if any(count != n_layers for count in places.values()):
+    places = Counter(map(_place, modules))
+    if any(count != config.n_layers for count in places.values()):
         return modules
     names = sorted({module.rsplit(".", 1)[-1] for module in modules})
-    return rf".*\.language_model\..*\.({'|'.join(names)})" if wrapped else names
+    return rf".*\.language_model\..*\.({'|'.join(names)})" if config.vision and names else names
+
+
+def _target_parameters(parameters: list[str], config: ModelConfig) -> list[str] | None:
+    """The last names of the parameters if every layer with experts has them all, else the parameters one by one."""
+    places = Counter(map(_place, parameters))
+    with_experts = config.n_layers - (config.moe.first_dense_layers if config.moe else 0)
+    if any(count != with_experts for count in places.values()):
+        return parameters
+    return sorted({name[name.index("mlp.") :] for name in parameters}) or None
+
+
+def _place(name: str) -> str:
+    return re.sub(r"\blayers\.[0-9]+\.", "", name)
 
 
 def _whole(number: float) -> float | int:

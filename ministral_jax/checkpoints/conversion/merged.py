@@ -107,9 +107,7 @@ class _Matrices:
         self._adapter, self._interleaved = adapter, base.interleaved
         self._pieces = Pieces(adapter)
         self.modules = {tensor.name.module for tensor in adapter.tensors.values()}
-        names = [tensor.name.module for tensor in adapter.tensors.values() if tensor.name.leaf == LORA_LEAVES[0]]
-        assert adapter.adapter is not None
-        self._scales = dict(zip(names, map(adapter.adapter.scaling_of, adapter.adapter_ranks()), strict=True))
+        self._scales = {module: factor for module, (_, factor) in adapter.low_ranks().items()}
         self._kept: tuple[str, np.ndarray, np.ndarray] | None = None
 
     def product(self, module: str, rows: slice) -> np.ndarray | None:

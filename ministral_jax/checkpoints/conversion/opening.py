@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +36,7 @@ from .adapters import (
     settings_of_peft,
 )
 from .canonical import LORA_LEAVES, Kind, Reader, Tensor, canonical_tensors
+from .expert_adapters import SingleExperts
 from .manifest import MANIFEST, kept_documents
 from .orbax_folder import OrbaxReader, is_orbax
 
@@ -44,7 +45,8 @@ from .orbax_folder import OrbaxReader, is_orbax
 class Checkpoint:
     """An opened folder: `tensors` by canonical name, in the order of the model; `dropped` are those that no conversion
     carries, by kind. `config` is the model's, with an adapter its base's. `merged` tells apart what was merged into
-    the tensors, if anything. A context manager.
+    the tensors, if anything. `fused` are the modules of an adapter that its file has as one with others: the name and
+    the rank there. A context manager.
     """
 
     folder: Path
@@ -55,15 +57,26 @@ class Checkpoint:
     dropped: Counter[str]
     adapter: AdapterSettings | None = None
     merged: Mapping[str, Any] | None = None
+    fused: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+
+    def low_ranks(self) -> dict[str, tuple[int, float]]:
+        """Module of an adapter -> the rank of its matrices and the factor of their product."""
+        assert self.adapter is not None, "not an adapter"
+        factors = {theirs: self.adapter.scaling_of(theirs) for theirs in self.adapter_ranks()}
+        return {
+            tensor.name.module: (tensor.shape[0], factors[self._their_module(tensor)[0]]) for tensor in self._downs()
+        }
 
     def adapter_ranks(self) -> dict[str, int]:
-        """HF name of each module of an adapter -> rank of its matrices."""
-        wrapped = self.config.vision is not None
-        return {
-            hf_name(tensor.name, wrapped=wrapped).removesuffix(f".{tensor.name.leaf}"): tensor.shape[0]
-            for tensor in self.tensors.values()
-            if tensor.name.leaf == LORA_LEAVES[0]
-        }
+        """Name of each module or parameter of an adapter in the HF layout -> rank that its file has it in."""
+        return dict(map(self._their_module, self._downs()))
+
+    def _downs(self) -> list[Tensor]:
+        return [tensor for tensor in self.tensors.values() if tensor.name.leaf == LORA_LEAVES[0]]
+
+    def _their_module(self, tensor: Tensor) -> tuple[str, int]:
+        name = hf_name(tensor.name, wrapped=self.config.vision is not None).removesuffix(f".{tensor.name.leaf}")
+        return self.fused.get(tensor.name.module, (name, tensor.shape[0]))
 
     @property
     def interleaved(self) -> bool:
@@ -182,7 +195,10 @@ def _open_peft(folder: Path, base: str | Path | ModelConfig | None) -> Checkpoin
     if not (folder / PEFT_FILE).is_file():
         raise CheckpointError(f"{folder / PEFT_FILE}: no such file; expected the adapter's weights, in safetensors")
     with contextlib.ExitStack() as on_error:
-        opened = on_error.enter_context(_opened(folder, "hf", config, _OneFile(folder / PEFT_FILE), settings))
+        file = _OneFile(folder / PEFT_FILE)
+        on_error.callback(file.close)
+        reader = SingleExperts(file, file.metadata, config)
+        opened = dataclasses.replace(_opened(folder, "hf", config, reader, settings), fused=reader.fused)
         require_ranks(settings, _ranks(opened), folder / PEFT_FILE)
         on_error.pop_all()
     return opened

@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,17 @@ from ..safetensors_writer import TensorSpec, file_bytes, index_document, shard_f
 from ..translate import Name, fused_hf_name, hf_name
 from ..weight_files import STEMS
 from .adapters import MISTRAL_FILE, PEFT_CONFIG, PEFT_FILE, mistral_document, one_factor, peft_document
-from .canonical import PEFT_PREFIX, Kind, Tensor
+from .canonical import LORA_LEAVES, PEFT_PREFIX, Kind, Tensor
+from .expert_adapters import (
+    FusedAdapter,
+    FusedExperts,
+    expert_of,
+    fused_adapters,
+    fused_metadata,
+    peft_ranks,
+    same_downs,
+    stored_names,
+)
 from .opening import Checkpoint
 from .pieces import DTYPES, Dtype, dtype_after
 
@@ -75,10 +85,13 @@ def plan_conversion(
 ) -> Plan:
     """Plans `source` in the layout `to`. Raises MinistralError, in one line, for what that layout cannot hold."""
     _refuse_without_form(source, to)
-    named = _named_parts(source, to)
-    targets = {name: _target(parts, fused, dtype) for name, (parts, fused) in named.items()}
     source = _with_one_factor(source, to)
-    documents, kept = _config_documents(source, to, dtype)
+    of_experts = _fused_adapters(source) if source.adapter is not None and to == "hf" else []
+    if of_experts:
+        source = dataclasses.replace(source, reader=FusedExperts(source.reader))
+    named = _named_parts(source, to) | _named_fused(source, of_experts)
+    targets = {name: _target(parts, fused, dtype) for name, (parts, fused) in named.items()}
+    documents, kept = _config_documents(source, to, dtype, of_experts)
     files = _weight_files(targets, to, source.adapter is not None, max_shard_bytes)
     if len(files) > 1:
         specs = {name: target.spec for name, target in targets.items()}
@@ -86,6 +99,8 @@ def plan_conversion(
     metadata = {"format": "pt"} if to == "hf" else None
     if source.adapter is not None and to == "mistral":
         metadata = {"scaling": repr(source.adapter.scaling)}
+    elif metadata:
+        metadata |= fused_metadata(of_experts, wrapped=source.config.vision is not None)
     carried = carried_files(source.folder, documents)
     return Plan(source, to, dtype, targets, files, metadata, documents, kept, carried)
 
@@ -123,6 +138,8 @@ def _named_parts(source: Checkpoint, to: Kind) -> dict[str, tuple[list[Tensor], 
     _refuse_fused_scales(source)
     named: dict[str, tuple[list[Tensor], bool]] = {}
     for tensor in source.tensors.values():
+        if source.adapter and expert_of(tensor.name.module):
+            continue  # see _named_fused
         if tensor.name.is_expert_of_fused and not source.adapter:
             named.setdefault(fused_hf_name(tensor.name, wrapped=wrapped), ([], True))[0].append(tensor)
         else:
@@ -131,6 +148,22 @@ def _named_parts(source: Checkpoint, to: Kind) -> dict[str, tuple[list[Tensor], 
         if fused:
             parts.sort(key=lambda tensor: _expert_order(tensor.name))
             _require_alike(name, parts, source)
+    return named
+
+
+def _fused_adapters(source: Checkpoint) -> list[FusedAdapter]:
+    """The adapters of experts in `source`, as PEFT has them."""
+    same = same_downs(source.tensors, source.reader, source.config)
+    return fused_adapters(source.low_ranks(), source.config, same, source.reader.paths[0])
+
+
+def _named_fused(source: Checkpoint, of_experts: Sequence[FusedAdapter]) -> dict[str, tuple[list[Tensor], bool]]:
+    """The adapters of experts by their names in PEFT's file."""
+    named: dict[str, tuple[list[Tensor], bool]] = {}
+    for fused, names in stored_names(of_experts, wrapped=source.config.vision is not None):
+        assert isinstance(source.reader, FusedExperts)
+        matrices = source.reader.add(fused, source.tensors, source.config, names[LORA_LEAVES[1]])
+        named |= {names[leaf]: (parts, False) for leaf, parts in zip(LORA_LEAVES, matrices, strict=True)}
     return named
 
 
@@ -166,6 +199,8 @@ def _target(parts: list[Tensor], fused: bool, dtype: Dtype | None) -> Target:
     if fused:
         experts = len({_expert_order(part.name)[0] for part in parts})
         shape = (experts, first.shape[0] * len(parts) // experts, *first.shape[1:])
+    elif len(parts) > 1:  # one above the other
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
     return Target(TensorSpec(dtype_after(first, dtype), shape), tuple(parts))
 
 
@@ -183,18 +218,14 @@ def _weight_files(
 
 
 def _config_documents(
-    source: Checkpoint, to: Kind, dtype: Dtype | None
+    source: Checkpoint, to: Kind, dtype: Dtype | None, of_experts: Sequence[FusedAdapter]
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, Any]]:
     """The config files of the target, and the documents that its manifest keeps for the way back."""
     config, settings = source.config, source.adapter
     kept: dict[str, Any] = {layout: _with_dtype(document, dtype) for layout, document in config.extra.items()}
     if settings is not None and to == "hf":
         document = peft_document(
-            settings,
-            {module: (rank, settings.scaling_of(module)) for module, rank in source.adapter_ranks().items()},
-            n_layers=config.n_layers,
-            wrapped=config.vision is not None,
-            kept=config.extra.get("peft"),
+            settings, *peft_ranks(source.low_ranks(), of_experts, config), config, kept=config.extra.get("peft")
         )
         kept.setdefault("mistral", params_from_config(config))
         return {PEFT_CONFIG: document}, kept

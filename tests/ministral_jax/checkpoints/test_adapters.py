@@ -26,7 +26,7 @@ from ministral_jax.sharding.layout import layout_for
 from ministral_jax.sharding.meshes import make_mesh
 from ministral_jax.stacked import StackedTransformer
 from ministral_jax.transformer import Transformer
-from tests.architecture_files import EXAMPLES, MIXTRAL
+from tests.architecture_files import EXAMPLES, MIXTRAL, SMALL_4
 from tests.checkpoint_files import interleaved, random_weights, tiny_config, write_tiny_checkpoint
 from tests.mutation import damaged_documents
 from tests.quantized_files import CASES, write_quantized_checkpoint
@@ -389,6 +389,75 @@ def test_the_base_of_a_loaded_adapter_is_untouched(tmp_path):
     attach_adapter(model, read_adapter(tmp_path, config))
     assert all(parameters(model)[name] is array for name, array in before.items())
     assert not any("lora" in ".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(bare_model(config))))
+
+
+EXPERTS = {"mixtral": MIXTRAL, "small_4": SMALL_4}
+
+
+@pytest.mark.parametrize("to", ["mistral", "hf"])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_adapters_of_experts_are_read_again_and_merged_into_both_layouts(tmp_path, kind, to):
+    config = EXPERTS[kind]
+    model = adapted_model(config, LoraConfig(rank=RANK, scaling=SCALE))
+    save_adapter(tmp_path / "a", model, to=to)
+    base = parameters(without_adapters(model))
+    save_mistral(tmp_path / "base", base, config)
+    assert_same_adapter(model, load_model(tmp_path / "base", adapter=tmp_path / "a"))
+    changed = {"layers.1.feed_forward.experts.w2", "layers.1.feed_forward.experts.w3", "layers.1.attention.wo"}
+    if kind == "small_4":
+        changed.add("layers.1.feed_forward.shared_experts.w1")
+    for layout in ("mistral", "hf"):
+        merge(tmp_path / "base", tmp_path / "a", tmp_path / layout, to=layout)
+        merged = parameters(load_model(tmp_path / layout))
+        assert changed <= adapted(model).keys()
+        for name, linear in adapted(model).items():
+            product = jnp.einsum("...RI,...OR->...OI", linear.lora_a[...], linear.lora_b[...])
+            expected = linear.weight[...] + SCALE * product
+            np.testing.assert_allclose(merged[f"{name}.weight"], expected, rtol=0, atol=1e-5, err_msg=name)
+        untouched = base.keys() - {f"{name}.weight" for name in adapted(model)}
+        assert all(np.array_equal(merged[name], base[name]) for name in untouched)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_what_is_written_for_peft_is_what_the_mistral_file_is_converted_to(tmp_path, kind):
+    model = adapted_model(EXPERTS[kind], LoraConfig(rank=RANK, scaling=SCALE))
+    save_adapter(tmp_path / "m", model, to="mistral")
+    save_adapter(tmp_path / "p", model, to="hf")
+    convert(tmp_path / "m", tmp_path / "c", to="hf")
+    found, expected = (load_file(tmp_path / folder / PEFT) for folder in ("p", "c"))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    documents = [json.loads((tmp_path / folder / PEFT_CONFIG).read_text()) for folder in ("p", "c")]
+    assert documents[0] == documents[1]
+
+
+def test_one_a_for_w1_and_w3_stays_one_in_peft(tmp_path):
+    model = adapted_model(MIXTRAL, LoraConfig(rank=RANK, scaling=SCALE, targets=("w1", "w3")))
+    for name, linear in adapted(model).items():
+        if name.endswith("w3"):
+            linear.lora_a = linear.lora_a.replace(projections(model)[name[:-1] + "1"].lora_a[...])
+    save_adapter(tmp_path / "a", model, to="hf")
+    name = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
+    found = load_file(tmp_path / "a" / PEFT)
+    assert found[name.format("A")].shape == (4 * RANK, 64)
+    assert found[name.format("B")].shape == (2 * 96, 4 * RANK)
+    save_mistral(tmp_path / "base", parameters(without_adapters(model)), MIXTRAL)
+    assert_same_adapter(model, load_model(tmp_path / "base", adapter=tmp_path / "a"))
+
+
+def test_factors_of_w1_and_w3_that_differ_have_no_form_in_peft(tmp_path):
+    lora = LoraConfig(rank=RANK, alpha=4.0, alpha_pattern={"w3": 5.0})
+    with pytest.raises(MinistralError, match=r"w1 and w3 of the experts of layers\.0 have two factors"):
+        save_adapter(tmp_path / "a", adapted_model(MIXTRAL, lora), to="hf")
+
+
+def test_adapters_of_experts_go_onto_a_stack_and_come_back(tmp_path):
+    model = adapted_model(SMALL_4, LoraConfig(rank=RANK, scaling=SCALE))
+    save_adapter(tmp_path / "a", model, to="hf")
+    save_mistral(tmp_path / "base", parameters(without_adapters(model)), SMALL_4)
+    stacked = load_model(tmp_path / "base", adapter=tmp_path / "a", stacked=True)
+    save_adapter(tmp_path / "b", stacked, to="hf")
+    assert (tmp_path / "a" / PEFT).read_bytes() == (tmp_path / "b" / PEFT).read_bytes()
 
 
 def test_every_expert_has_its_own_adapter_in_files(tmp_path):

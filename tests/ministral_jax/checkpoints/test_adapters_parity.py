@@ -134,6 +134,74 @@ def test_we_answer_with_an_adapter_of_peft_as_it_does(name: str, kind: str, tmp_
     assert_far(ours, our_logits(ministral_jax.load(base), tokens))
 
 
+# Of experts, and of the attention beside them.
+OF_EXPERTS = {
+    "experts": LoraConfig(targets=("w1", "w2", "w3", "wo"), rank=RANK, scaling=1.25),
+    "w1 alone": LoraConfig(targets=("w1",), rank=RANK, alpha=6.0),
+    "patterns": LoraConfig(targets=("w1", "w2", "w3"), rank=RANK, alpha=6.0, rank_pattern={"w3": 2},
+                           alpha_pattern={"w3": 3.0}),
+}  # fmt: skip
+EXPERT_KINDS = pytest.mark.parametrize("name", ["mixtral", "mistral4"])
+
+
+def test_an_adapter_of_a_base_that_peft_has_experts_fused_in() -> None:
+    """What the tests below rest on: transformers keeps all experts of a layer in two parameters."""
+    for name in ("mixtral", "mistral4"):
+        names = dict(torch_model(name).named_parameters())
+        assert names["model.layers.1.mlp.experts.gate_up_proj"].ndim == 3
+        assert names["model.layers.1.mlp.experts.down_proj"].ndim == 3
+
+
+@EXPERT_KINDS
+@pytest.mark.parametrize("kind", OF_EXPERTS)
+def test_peft_answers_with_our_adapter_of_experts_as_we_do(name: str, kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = ministral_jax.load(write_hf(by_name(name), tmp_path / "base"))
+    plain, tokens = our_logits(base, token_ids(by_name(name))), token_ids(by_name(name))
+    model = widened(base, OF_EXPERTS[kind])
+    save_adapter(tmp_path / "lora", model, to="hf", base=str(tmp_path / "base"))
+    theirs = peft.PeftModel.from_pretrained(torch_model(name), tmp_path / "lora").eval()
+    state = peft.get_peft_model_state_dict(theirs)
+    assert state.keys() == load_file(tmp_path / "lora" / "adapter_model.safetensors").keys()
+    ours = our_logits(model, tokens)
+    assert_close(ours, their_logits(theirs, tokens))
+    assert_far(ours, plain)
+    merge(tmp_path / "base", tmp_path / "lora", tmp_path / "merged")
+    assert_close(
+        our_logits(ministral_jax.load(tmp_path / "merged"), tokens), their_logits(theirs.merge_and_unload(), tokens)
+    )
+
+
+THEIRS_OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "both": {"target_modules": ["o_proj"],
+             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "down": {"target_modules": [], "target_parameters": ["down_proj"], "use_rslora": True},
+    "patterns": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+                 "rank_pattern": {"gate_up_proj": 2}, "alpha_pattern": {r"layers\.1\..*down_proj": 5}},
+}  # fmt: skip
+
+
+@EXPERT_KINDS
+@pytest.mark.parametrize("kind", [*THEIRS_OF_EXPERTS, "modules that were"])
+def test_we_answer_with_an_adapter_of_experts_of_peft_as_it_does(name: str, kind: str, tmp_path: Path) -> None:
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    torch.manual_seed(0)
+    if kind == "modules that were" and name != "mixtral":
+        pytest.skip("every expert was a module in Mixtral alone")
+    targets = THEIRS_OF_EXPERTS.get(kind, {"target_modules": ["q_proj", "w1", "w2", "w3"]})
+    settings = peft.LoraConfig(r=RANK, lora_alpha=6, task_type="CAUSAL_LM", **targets)
+    theirs = peft.get_peft_model(torch_model(name), settings).eval()
+    for parameter_name, parameter in theirs.named_parameters():
+        if "lora_" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    theirs.save_pretrained(tmp_path / "lora")
+    base = write_hf(by_name(name), tmp_path / "base")
+    tokens = token_ids(by_name(name))
+    ours = our_logits(ministral_jax.load(base, adapter=tmp_path / "lora"), tokens)
+    assert_close(ours, their_logits(theirs, tokens))
+    assert_far(ours, our_logits(ministral_jax.load(base), tokens))
+
+
 def test_beside_a_vision_tower_peft_puts_our_adapter_on_the_decoder(tmp_path: Path) -> None:
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -164,7 +232,7 @@ def native(name: str, folder: Path) -> Path:
 
 
 # Its model has no YaRN and no temperature.
-NATIVE = pytest.mark.parametrize("name", ["mistral", "mistral_window"])
+NATIVE = pytest.mark.parametrize("name", ["mistral", "mistral_window", "mixtral"])
 
 
 @NATIVE
