@@ -231,8 +231,62 @@ def test_an_adapter_of_every_expert_adds_its_product(by_groups: bool, monkeypatc
         meant[f"experts.{name}.weight"] = meant[f"experts.{name}.weight"] + 2.0 * change
     x = tokens()
     assert_close(answer(module, x), dense_sum(base, x, meant))
-    graph, weights = nnx.split(module)
-    loss = jax.grad(lambda weights: jnp.sum(nnx.merge(graph, weights)(jnp.asarray(x))))
-    gradients = jax.jit(loss, compiler_options=QUICK)(weights)
-    found = dict(nnx.to_flat_state(gradients))
-    assert all(np.abs(found[("experts", "w2", part)][...]).max() > 0 for part in ("lora_a", "lora_b"))
+
+
+def plain_layer(arrays: dict[str, jax.Array], moe: MoEConfig, x: jax.Array, scale: float) -> jax.Array:
+    """The layer as products of every token with every expert's `W + scale * B A`, unchosen ones times zero."""
+
+    def matrix(name: str) -> jax.Array:
+        a, b = (arrays[f"experts.{name}.lora_{letter}"] for letter in "ab")
+        return arrays[f"experts.{name}.weight"] + scale * jnp.einsum("eor,eri->eoi", b, a)
+
+    shares = jax.nn.softmax(x @ arrays["gate.weight"].T, axis=-1)
+    least = jnp.sort(shares, axis=-1)[:, -moe.experts_per_token][:, None]
+    chosen = jnp.where(shares >= least, shares, 0.0)
+    weights = moe.routed_scale * chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+    hidden = jax.nn.silu(jnp.einsum("td,efd->etf", x, matrix("w1"))) * jnp.einsum("td,efd->etf", x, matrix("w3"))
+    out = jnp.einsum("te,etf,edf->td", weights, hidden, matrix("w2"))
+    if moe.n_shared_experts:
+        one, two, three = (arrays[f"shared_experts.{name}.weight"] for name in ("w1", "w2", "w3"))
+        out += (jax.nn.silu(x @ one.T) * (x @ three.T)) @ two.T
+    return out
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "stored", [None, pytest.param(LinearFormat("nf4"), marks=pytest.mark.long)], ids=["dense", "nf4"]
+)
+def test_gradients_of_adapters_of_experts_are_those_of_the_plain_formula(
+    moe: MoEConfig, stored: LinearFormat | None
+) -> None:
+    """Of A and B of every expert, and of what came in; over a base of four bits as over one of floats."""
+    base, module, scale = parameters(layer(moe)), MoE(config(moe), jnp.float32), 1.5
+    held = dict(base)
+    for name in ("w1", "w2", "w3"):
+        linear = getattr(module.experts, name)
+        linear.adapt(LowRank(3, scale))
+        if stored is None:
+            continue
+        linear.store_as(stored)
+        weight = f"experts.{name}.weight"
+        parts = [encode(matrix, stored) for matrix in held.pop(weight)]
+        base[weight] = jnp.stack([stored.weight(part).dequantize() for part in parts])
+        held |= {f"experts.{name}.{part}": jnp.stack([one[part] for one in parts]) for part in parts[0]}
+    rng = np.random.default_rng(1)
+    specs = parameter_specs(module)
+    lora = {n: jnp.asarray(0.1 * rng.standard_normal(s.shape), jnp.float32) for n, s in specs.items() if s.adapter}
+    x, direction = jnp.asarray(tokens()), jnp.asarray(tokens(1))
+    graph, _ = nnx.split(module)
+
+    def ours(lora: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.sum(direction * fill(nnx.merge(graph, nnx.split(module)[1]), held | lora)(x))
+
+    def plain(lora: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.sum(direction * plain_layer(base | lora, moe, x, scale))
+
+    found, expected = (jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK)(lora, x) for loss in (ours, plain))
+    assert found[0].keys() == expected[0].keys()
+    assert len(found[0]) == 6
+    for name, gradient in expected[0].items():
+        assert_close(found[0][name], np.asarray(gradient))
+    assert_close(found[1], np.asarray(expected[1]))
