@@ -27,7 +27,3 @@ class ShardingError(MinistralError):
 
 class HostsError(MinistralError):
     """Processes on several hosts that do not come together, differ, or lose one of them."""
-
-
-class NotYetError(MinistralError):
-    """A published model or format that is recognised but whose layers are not built yet."""

@@ -243,7 +243,8 @@ def _fused(tensors: Tensors) -> Tensors:
             continue
         layer, rest = name.split(".mlp.experts.")
         if rest == "0.gate_proj.weight":
-            n = sum(1 for other in tensors if other.startswith(f"{layer}.mlp.experts.") and "down_proj" in other)
+            others = [other for other in tensors if other.startswith(f"{layer}.mlp.experts.")]
+            n = sum(1 for other in others if other.endswith("down_proj.weight"))
             get = lambda e, part, layer=layer: tensors[f"{layer}.mlp.experts.{e}.{part}_proj.weight"]  # noqa: E731
             gate_up = [np.concatenate([get(e, "gate"), get(e, "up")]) for e in range(n)]
             out[f"{layer}.mlp.experts.gate_up_proj"] = np.stack(gate_up)

@@ -49,7 +49,7 @@ from .conversion.expert_adapters import (
 )
 from .conversion.opening import open_checkpoint
 from .conversion.pieces import DTYPES, Dtype, Pieces, dense_dtype
-from .layouts import mistral_name
+from .layouts import file_module
 from .safetensors_writer import TensorSpec, write_safetensors
 from .translate import Name, hf_name
 
@@ -147,7 +147,7 @@ def file_modules(model: Model, name: str, linear: Linear) -> Iterator[tuple[str,
     stacked = isinstance(model, StackedTransformer) and name.startswith("places.")
     names = model.pattern.names(name) if isinstance(model, StackedTransformer) else [name]
     for layer, ours in enumerate(names):
-        index, module = (layer,) if stacked else (), mistral_name(f"{ours}.weight", model.config).rpartition(".")[0]
+        index, module = (layer,) if stacked else (), file_module(ours, model.config)
         if not isinstance(linear, ExpertLinear):
             yield module, index
             continue

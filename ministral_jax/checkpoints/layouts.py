@@ -49,7 +49,10 @@ _UNREAD: Mapping[str, re.Pattern[str]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Which part of a tensor of all experts, of `shape`, is one expert's: `rows` (first, end) of its `expert`."""
+    """Which part of a tensor of all experts, of `shape`, is one expert's: `rows` (first, end) of its `expert`.
+
+    Where there is one number for each expert, in a tensor of any shape, `rows` are (0, 1).
+    """
 
     expert: int
     rows: tuple[int, int]
@@ -106,6 +109,11 @@ def whole_module(part: str) -> str:
 def mistral_name(parameter: str, config: ModelConfig) -> str:
     """Name in a mistral-layout file of a parameter, of one expert if it is of experts."""
     return _UNDER_LAYER.sub("", parameter) if config.latent else parameter
+
+
+def file_module(module: str, config: ModelConfig) -> str:
+    """Name in a mistral-layout file of a projection, of one expert if it is of experts."""
+    return mistral_name(f"{module}.weight", config).removesuffix(".weight")
 
 
 def hf_name(parameter: str, prefix: str = HF_PREFIXES[0]) -> str:

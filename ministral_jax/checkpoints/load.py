@@ -31,7 +31,7 @@ from ..transformer import Transformer
 from .adapters import attach_adapter, read_adapter
 from .hub import resolve
 from .json_pieces import shown
-from .layouts import EMBEDDINGS, HEAD, Entry, ReadPlan, Source, expert_parts, is_vision, plan_reading, whole_module
+from .layouts import EMBEDDINGS, HEAD, ReadPlan, Source, expert_parts, is_vision, plan_reading, whole_module
 from .quantized import Activations, find_parts, without_companions
 from .safetensors import aligned_empty
 from .safetensors_header import DTYPE_NAMES
@@ -329,7 +329,7 @@ def _array(
 
     def read_one(source: Source, index: tuple[slice, ...]) -> np.ndarray:
         # Lone scales are [] or [1], those of rows [O] or [O, 1]: all of them small.
-        if source.entry or (shape and files.tensors[source.name].shape == shape):
+        if shape and _shape_of(source, files) == shape:
             return read_values(files, source, dtype, index)
         return np.asarray(read_small(files, source, dtype, shape)[index])
 
@@ -382,14 +382,16 @@ def _extents(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Extents
 
 def read_small(files: WeightFiles, source: Source, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """A whole parameter of `shape` from a tensor of as many numbers in another one."""
-    values = files.read(source.name).astype(dtype).reshape(shape)
+    values = files.read(source.name).astype(dtype)
+    if source.entry:
+        values = values.reshape(len(values), -1)[source.entry.expert]
+    values = values.reshape(shape)
     return half_split_rows(values, source.heads) if source.heads else values
 
 
 def read_values(files: WeightFiles, source: Source, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """`parameter[index]` in memory order and as `dtype`, in fresh memory, reading only the heads or rows it lies in."""
-    info = files.tensors[source.name]
-    shape = info.shape if source.entry is None else _entry_shape(source.entry)
+    info, shape = files.tensors[source.name], _shape_of(source, files)
     spans = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     if info.dtype == dtype and source.heads is None:
         return _read_slice(files, source, [slice(*span) for span in spans])
@@ -409,8 +411,11 @@ def read_values(files: WeightFiles, source: Source, dtype: np.dtype, index: tupl
     return out
 
 
-def _entry_shape(entry: Entry) -> tuple[int, ...]:
-    return (entry.rows[1] - entry.rows[0], *entry.shape[2:])
+def _shape_of(source: Source, files: WeightFiles) -> tuple[int, ...]:
+    if source.entry is None:
+        return files.tensors[source.name].shape
+    first, end = source.entry.rows
+    return (end - first, *source.entry.shape[2:])
 
 
 def _read_slice(files: WeightFiles, source: Source, index: Sequence[slice]) -> np.ndarray:

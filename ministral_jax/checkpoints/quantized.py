@@ -7,7 +7,8 @@ modules are in the names of another layout more often than not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from ..quantization import LinearFormat
 from ..quantization.formats import COLUMNS, Part
 from ..quantization.fp8 import BLOCK
 from .json_pieces import shown
-from .layouts import ReadPlan, Source, expert_parts, whole_module
+from .layouts import Entry, ReadPlan, Source, expert_parts, whole_module
 from .safetensors_header import DTYPE_NAMES, TensorInfo
 from .weight_files import WeightFiles
 
@@ -40,6 +41,13 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "weight_absmax_scale": ("weight_absmax_scale",),
     "weight_absmax_offset": ("weight_absmax_offset",),
 }
+# As what hangs on a parameter of all experts is called, after its name.
+_OF_ALL_EXPERTS: Mapping[str, tuple[str, ...]] = {
+    "weight": ("",),
+    "weight_scale": ("_scale_inv",),
+    "input_scale": ("_activation_scale",),
+}
+_FUSED_SCALE = re.compile(r"(.*\.experts\.(?:gate_up_proj|down_proj))(?:_scale_inv|_activation_scale)")
 _COMPANIONS = frozenset(name for part, names in SPELLINGS.items() if part != "weight" for name in names)
 _EIGHT_BITS = ("F8_E4M3", "I8")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F64")
@@ -69,7 +77,7 @@ def without_companions(names: Collection[str]) -> set[str]:
         module, _, last = name.rpartition(".")
         if last == "weight_packed":
             plain.add(f"{module}.weight")
-        elif last not in _COMPANIONS:
+        elif last not in _COMPANIONS and not _FUSED_SCALE.fullmatch(name):
             plain.add(name)
     return plain
 
@@ -96,26 +104,26 @@ def find_parts(
         for weight in expert_parts(f"{name}.weight", config):
             source = sources[weight]
             module = source.name.removesuffix(".weight")
-            stored = _stored(module, files, config.quantization, activations)
+            stored = _stored(source, files, config.quantization, activations)
             _require_alike(formats.setdefault(name, stored), stored, module, files)
             if stored is not None:
-                finder = _Finder(files, module, stored, source.heads, config.head_dim)
+                finder = _Finder(files, module, stored, source, config.head_dim)
                 parts |= {
                     f"{weight.removesuffix('.weight')}.{part}": where
                     for part, where in finder.sources(linear.shape).items()
                 }
-                read |= {f"{module}.{spelling}" for spelling in _COMPANIONS}
+                read |= {f"{module}.{spelling}" for spelling in _COMPANIONS} | {module}
     _require_no_strays(files, {source.name.removesuffix(".weight") for source in sources.values()}, read)
     return QuantizedParts({name: stored for name, stored in formats.items() if stored is not None}, parts)
 
 
 def _stored(
-    module: str, files: WeightFiles, quantization: QuantizationConfig, activations: Activations | None
+    source: Source, files: WeightFiles, quantization: QuantizationConfig, activations: Activations | None
 ) -> LinearFormat | None:
-    """How the projection called `module` in the files is stored; None for a dense one."""
-    if not _is_quantized(module, files.tensors):
+    """How the projection whose dense weight would be at `source` is stored; None for a dense one."""
+    if not _is_quantized(source, files.tensors):
         return None
-    double = f"{module}.weight_absmax_scale" in files.tensors
+    double = f"{source.name.removesuffix('.weight')}.weight_absmax_scale" in files.tensors
     return dataclasses.replace(linear_format(quantization, activations), double=double)
 
 
@@ -140,10 +148,10 @@ def linear_format(quantization: QuantizationConfig, activations: Activations | N
     return LinearFormat(quantization.format, quantization.activations)
 
 
-def _is_quantized(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    if f"{module}.weight_packed" in tensors:
+def _is_quantized(source: Source, tensors: Mapping[str, TensorInfo]) -> bool:
+    if f"{source.name.removesuffix('.weight')}.weight_packed" in tensors:
         return True
-    weight = tensors.get(f"{module}.weight")
+    weight = tensors.get(source.name)
     return weight is not None and DTYPE_NAMES[weight.dtype] in _EIGHT_BITS
 
 
@@ -151,11 +159,19 @@ def _require_no_strays(files: WeightFiles, modules: set[str], read: set[str]) ->
     """A scale without its quantised weight would be ignored, and the weight be wrong."""
     for name in files.tensors:
         module, _, last = name.rpartition(".")
-        if last in _COMPANIONS and module in modules and name not in read:
+        fused = _FUSED_SCALE.fullmatch(name)
+        weight = fused[1] if fused else f"{module}.weight"
+        stray = fused[1] not in read if fused else last in _COMPANIONS and name not in read
+        if stray and weight.removesuffix(".weight") in modules:
             raise CheckpointError(
-                f"{files.path_of(name)}: tensor {shown(name)} is a part of a quantised weight, but "
-                f"{shown(module + '.weight')} is not one: the file is not whole"
+                f"{files.path_of(name)}: tensor {shown(name)} is a part of a quantised weight, but {shown(weight)} is "
+                "not one: the file is not whole"
             )
+
+
+def _shapes_of_all(part: Part, entry: Entry) -> list[tuple[int, ...]]:
+    """What a tensor of all experts may have: of one scale each, [E, 1, 1], [E, 1] or [E]."""
+    return [entry.shape] if part.shape else [entry.shape, entry.shape[:2], entry.shape[:1]]
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,7 @@ class _Finder:
     files: WeightFiles
     module: str
     stored: LinearFormat
-    heads: int | None
+    dense: Source
     head_dim: int
 
     def sources(self, shape: tuple[int, int]) -> dict[str, Source]:
@@ -178,24 +194,46 @@ class _Finder:
         return {name: self._source(name, part, shape[0]) for name, part in self.stored.parts(*shape).items()}
 
     def _source(self, name: str, part: Part, rows: int) -> Source:
-        candidates = [f"{self.module}.{spelling}" for spelling in SPELLINGS[name]]
+        if self.dense.entry is None:
+            candidates = [f"{self.module}.{spelling}" for spelling in SPELLINGS[name]]
+        else:
+            candidates = [f"{self.module}{spelling}" for spelling in _OF_ALL_EXPERTS.get(name, (f".{name}",))]
         found = next((candidate for candidate in candidates if candidate in self.files.tensors), None)
         if found is None:
             raise CheckpointError(
                 f"{self.files.source}: tensor {shown(candidates[0])} is missing; expected with {self.stored.format} "
                 f"weights and {self.stored.activations} scales of activations"
             )
-        self._require_fits(found, part)
-        return Source(found, self._heads(part, rows))
-
-    def _require_fits(self, tensor: str, part: Part) -> None:
-        info = self.files.tensors[tensor]
-        where = f"{self.files.path_of(tensor)}: tensor {shown(tensor)}"
         # A lone scale may be [] or [1], one per row [O] or [O, 1].
         shapes = [part.shape] if len(part.shape) == 2 else [part.shape, (*part.shape, 1)]
+        entry = self._entry(part, rows)
+        self._require_fits(found, part, shapes if entry is None else _shapes_of_all(part, entry))
+        return Source(found, self._heads(part, rows), entry)
+
+    def _entry(self, part: Part, rows: int) -> Entry | None:
+        """Which part of the tensor of all experts is this one's."""
+        dense = self.dense.entry
+        if dense is None:
+            return None
+        n_experts = dense.shape[0]
+        if not part.shape:
+            return Entry(dense.expert, (0, 1), (n_experts, 1, 1))
+        if part.shape[0] == rows:
+            return Entry(dense.expert, dense.rows, (*dense.shape[:2], *part.shape[1:]))
+        if rows % BLOCK and dense.shape[1] != rows:
+            raise CheckpointError(
+                f"{self.files.source}: {shown(self.module)} has scales for blocks of {BLOCK} rows, which w1 and w3, of "
+                f"{rows} rows each, would share: expected a multiple of {BLOCK}"
+            )
+        first, end = (-(-row // BLOCK) for row in dense.rows)
+        return Entry(dense.expert, (first, end), (n_experts, -(-dense.shape[1] // BLOCK), *part.shape[1:]))
+
+    def _require_fits(self, tensor: str, part: Part, shapes: Sequence[tuple[int, ...]]) -> None:
+        info = self.files.tensors[tensor]
+        where = f"{self.files.path_of(tensor)}: tensor {shown(tensor)}"
         if info.shape not in shapes:
             raise CheckpointError(
-                f"{where} has shape {list(info.shape)}, expected {list(part.shape)} for {self.stored.format}"
+                f"{where} has shape {list(info.shape)}, expected {list(shapes[0])} for {self.stored.format}"
             )
         expected = _SCALE_DTYPES if part.dtype == jnp.float32 else (DTYPE_NAMES[np.dtype(part.dtype)],)
         if DTYPE_NAMES[info.dtype] not in expected:
@@ -206,10 +244,10 @@ class _Finder:
 
     def _heads(self, part: Part, rows: int) -> int | None:
         """Heads whose entries are permuted; a scale for whole heads is the same in either order."""
-        if self.heads is None or not part.axes:
+        if self.dense.heads is None or not part.axes:
             return None
         if part.shape[0] == rows:
-            return self.heads
+            return self.dense.heads
         if BLOCK % self.head_dim:
             raise CheckpointError(
                 f"{self.files.source}: {shown(self.module)} has scales for blocks of {BLOCK} rows, which cut heads of "

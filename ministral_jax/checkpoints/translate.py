@@ -91,7 +91,9 @@ _OURS_OF_VISION = {theirs: ours for ours, theirs in _VISION.items()}
 _TEXT_PREFIX = re.compile(r"(model\.language_model\.|language_model\.model\.|model\.)(?=embed_tokens|layers|norm)")
 _VISION_PREFIX = re.compile(r"(model\.)?(?=vision_tower|multi_modal_projector)")
 _HEAD_PREFIX = re.compile(r"(language_model\.|model\.)?lm_head\.")
-_FUSED = re.compile(r"(layers\.[0-9]+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+# What hangs on a parameter of all experts, and the leaf that it is of a single one.
+FUSED_LEAVES = {"": "weight", "_scale_inv": "qscale_weight", "_activation_scale": "qscale_act"}
+_FUSED = re.compile(rf"(layers\.[0-9]+)\.mlp\.experts\.(gate_up_proj|down_proj)({'|'.join(FUSED_LEAVES)})")
 # At most as many digits as a layer or an expert can have; a number with a leading zero is another name.
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,5})(?=\.|$)")
 
@@ -116,9 +118,9 @@ class Name:
 
     @property
     def is_expert_of_fused(self) -> bool:
-        """Whether transformers keeps this weight in one tensor with those of all other experts (Mistral 4)."""
+        """Whether transformers keeps this in one tensor with those of all other experts (Mistral 4)."""
         expert = re.fullmatch(r"layers\.[0-9]+\.experts\.[0-9]+\.w[123]", self.module)
-        return self.leaf == "weight" and expert is not None
+        return self.leaf in FUSED_LEAVES.values() and expert is not None
 
 
 def dropped_kind(name: str) -> str | None:
@@ -148,13 +150,13 @@ def parse_hf(name: str) -> Name | None:
     return Name(found.module, _OUR_LEAVES.get(found.leaf, found.leaf)) if found else None
 
 
-def parse_fused(name: str) -> tuple[str, tuple[str, ...]] | None:
-    """The layer and the parts that a fused tensor of all experts holds, in their order; None for other names."""
+def parse_fused(name: str) -> tuple[str, tuple[str, ...], str] | None:
+    """Layer, parts in their order, and leaf of what a fused tensor of all experts holds; None for other names."""
     prefix = _TEXT_PREFIX.match(name)
     found = prefix and len(name) <= MAX_NAME_CHARACTERS and _FUSED.fullmatch(name[prefix.end() :])
     if not found:
         return None
-    return found[1], ("w1", "w3") if found[2] == "gate_up_proj" else ("w2",)
+    return found[1], ("w1", "w3") if found[2] == "gate_up_proj" else ("w2",), FUSED_LEAVES[found[3]]
 
 
 def hf_name(name: Name, *, wrapped: bool) -> str:
@@ -175,10 +177,11 @@ def hf_module(module: str) -> str:
 
 
 def fused_hf_name(name: Name, *, wrapped: bool) -> str:
-    """The tensor of all experts that holds the weight of one."""
+    """The tensor of all experts that holds the weight, or a scale, of one."""
     layer, part = name.module.split(".experts.")[0], name.module.rsplit(".", 1)[1]
     whole = "down_proj" if part == "w2" else "gate_up_proj"
-    return f"{'model.language_model.' if wrapped else 'model.'}{layer}.mlp.experts.{whole}"
+    suffix = next(suffix for suffix, leaf in FUSED_LEAVES.items() if leaf == name.leaf)
+    return f"{'model.language_model.' if wrapped else 'model.'}{layer}.mlp.experts.{whole}{suffix}"
 
 
 def layer_of(module: str) -> int | None:

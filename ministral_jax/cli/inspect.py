@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, ConfigError, NotYetError, RequestError
+from ..errors import CheckpointError, ConfigError, RequestError
 from .arguments import Commands, add_cache, add_mesh, add_model, new_command, positive
 from .mesh_plan import MeshPlan, detected_memory, show_mesh_plan
 from .models import windows_of
@@ -49,14 +49,13 @@ class Subject:
 class FilesReport:
     """Weight files as their headers have them: tensors and bytes by dtype.
 
-    `mismatch` is how the config does not fit them, `not_compared` why that cannot be told yet; both None if it fits.
+    `mismatch` is how the config does not fit them, None if it fits.
     """
 
     names: tuple[str, ...]
     tensors: int
     bytes_by_dtype: dict[str, int]
     mismatch: str | None = None
-    not_compared: str | None = None
 
 
 def add_command(commands: Commands) -> None:
@@ -140,8 +139,6 @@ def _report_files(folder: Path, config: ModelConfig) -> FilesReport | None:
             match_tensors(files, with_decided_vision(config, files))
         except CheckpointError as error:
             return dataclasses.replace(report, mismatch=str(error))
-        except NotYetError as error:
-            return dataclasses.replace(report, not_compared=str(error))
         return report
 
 
@@ -262,8 +259,7 @@ def _parameters(plan: MemoryPlan) -> list[tuple[str, str]]:
 def _files(files: FilesReport) -> list[tuple[str, str]]:
     first = files.names[0] if len(files.names) == 1 else f"{len(files.names)} files, {files.names[0]} the first"
     stored = ", ".join(f"{name} {size(n_bytes)}" for name, n_bytes in files.bytes_by_dtype.items())
-    unclear = f"not compared: {files.not_compared}" if files.not_compared else "fit the config"
-    verdict = f"do not fit the config: {files.mismatch}" if files.mismatch else unclear
+    verdict = f"do not fit the config: {files.mismatch}" if files.mismatch else "fit the config"
     return [("in", first), ("tensors", f"{files.tensors}: {stored}"), ("they", verdict)]
 
 

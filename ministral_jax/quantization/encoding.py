@@ -20,14 +20,26 @@ from .rounding import FLOAT32_EPS, FP4_MAX, FP8, FP8_EPS, FP8_MAX, INT8_HALF_RAN
 
 Parts = dict[str, Array]
 
+# The formats in which a whole matrix has a scale.
+ONE_SCALE = ("fp8_tensor", "nvfp4")
 
-def encode(weight: Float[Array, "O I"], stored: LinearFormat, input_maximum: float | None = None) -> Parts:
+
+def encode(
+    weight: Float[Array, "O I"],
+    stored: LinearFormat,
+    input_maximum: float | None = None,
+    *,
+    largest: float | None = None,
+) -> Parts:
     """The parts of `weight` in the format `stored`, shaped as in memory.
 
     `input_maximum` is the largest absolute activation that the projection was seen to get, from which the scale of
-    activations follows; needed where the format has one.
+    activations follows; needed where the format has one. `largest`, for the formats of ONE_SCALE alone, is the absolute
+    maximum of all matrices that are to have the same scale (default: of this one).
     """
-    parts = dict(_encoder(stored)(weight.astype(jnp.float32)))
+    assert largest is None or stored.format in ONE_SCALE, "this format has no scale that two matrices could share"
+    shared = () if stored.format not in ONE_SCALE else (jnp.float32(0.0 if largest is None else largest),)
+    parts = dict(_encoder(stored)(weight.astype(jnp.float32), *shared))
     if "input_scale" in stored.parts(*weight.shape):
         parts["input_scale"] = jnp.float32(_above_zero(input_maximum) / FP8_MAX)
     if "input_global_scale" in stored.parts(*weight.shape):
@@ -53,7 +65,7 @@ def _above_zero(maximum: float | None) -> float:
 
 
 @functools.cache
-def _encoder(stored: LinearFormat) -> Callable[[Float[Array, "O I"]], Parts]:
+def _encoder(stored: LinearFormat) -> Callable[..., Parts]:
     encoders = {
         "int8_channel": _int8,
         "fp8_tensor": _fp8_tensor,
@@ -75,8 +87,8 @@ def _int8(weight: Float[Array, "O I"]) -> Parts:
     return {"weight": to_int8(weight, scale[:, None]), "weight_scale": scale}
 
 
-def _fp8_tensor(weight: Float[Array, "O I"]) -> Parts:
-    scale = _scale(jnp.max(jnp.abs(weight)), FP8_MAX)
+def _fp8_tensor(weight: Float[Array, "O I"], shared: Float[Array, ""]) -> Parts:
+    scale = _scale(jnp.maximum(jnp.max(jnp.abs(weight)), shared), FP8_MAX)
     return {"weight": to_fp8(weight, scale), "weight_scale": scale}
 
 
@@ -95,8 +107,8 @@ def _fp8_block(weight: Float[Array, "O I"]) -> Parts:
     return {"weight": payload[:n_out, :n_in], "weight_scale": scale}
 
 
-def _nvfp4(weight: Float[Array, "O I"]) -> Parts:
-    largest = jnp.max(jnp.abs(weight))
+def _nvfp4(weight: Float[Array, "O I"], shared: Float[Array, ""]) -> Parts:
+    largest = jnp.maximum(jnp.max(jnp.abs(weight)), shared)
     global_scale = jnp.where(largest > 0, FP8_MAX * FP4_MAX / largest, 1.0)
     groups = weight.reshape(len(weight), -1, nvfp4.GROUP)  # [O, G, 16]
     scale = global_scale * divided(jnp.max(jnp.abs(groups), axis=2), FP4_MAX)  # [O, G]

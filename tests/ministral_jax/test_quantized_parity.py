@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ministral_jax.checkpoints.conversion.quantize import _block
+from ministral_jax.checkpoints.conversion.scheme import compressed_block
 from ministral_jax.checkpoints.load import load_model
 from ministral_jax.linear import projections
 from ministral_jax.quantization import LinearFormat
@@ -54,7 +54,7 @@ def compressed_by_them(folder: Path, stored: LinearFormat) -> dict[str, Any]:
 
     write_tiny_checkpoint(folder / "dense", a_config("ministral3"), "hf")
     model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
-    block = _block(stored, ["lm_head"]) | {"quantization_status": "initialized"}
+    block = compressed_block(stored, ["lm_head"]) | {"quantization_status": "initialized"}
     del block["quant_method"]
     apply_quantization_config(model, QuantizationConfig(**block))
     for module in model.modules():

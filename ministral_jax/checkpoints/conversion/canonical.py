@@ -129,8 +129,13 @@ def _parts(stored: str, info: StoredTensor, reader: Reader, kind: Kind, adapter:
     return [Tensor(name, info.dtype, info.shape, stored)]
 
 
-def _fused_parts(stored: str, info: StoredTensor, reader: Reader, layer: str, parts: tuple[str, ...]) -> list[Tensor]:
-    """Each expert's own weights in [experts, all rows of its parts, columns]."""
+def _fused_parts(
+    stored: str, info: StoredTensor, reader: Reader, layer: str, parts: tuple[str, ...], leaf: str
+) -> list[Tensor]:
+    """Each expert's own in [experts, all rows of its parts, columns], or in one number for each expert."""
+    if leaf != "weight" and info.shape and math.prod(info.shape) == info.shape[0]:
+        names = [(expert, part) for expert in range(info.shape[0]) for part in parts]
+        return [Tensor(Name(f"{layer}.experts.{e}.{part}", leaf), info.dtype, (), stored, e) for e, part in names]
     if len(info.shape) != 3 or info.shape[1] % len(parts):
         raise CheckpointError(
             f"{reader.path_of(stored)}: tensor {shown(stored)} has shape {list(info.shape)}; expected the {len(parts)} "
@@ -139,9 +144,7 @@ def _fused_parts(stored: str, info: StoredTensor, reader: Reader, layer: str, pa
     experts, rows, columns = info.shape[0], info.shape[1] // len(parts), info.shape[2]
     names = [(expert, part) for expert in range(experts) for part in parts]
     return [
-        Tensor(
-            Name(f"{layer}.experts.{expert}.{part}", "weight"), info.dtype, (rows, columns), stored, i * rows * columns
-        )
+        Tensor(Name(f"{layer}.experts.{expert}.{part}", leaf), info.dtype, (rows, columns), stored, i * rows * columns)
         for i, (expert, part) in enumerate(names)
     ]
 

@@ -17,34 +17,17 @@ from ...config_files import CONFIG_FILE_NAMES, Layout, hf_from_config, params_fr
 from ...errors import CheckpointError, ConfigError
 from ..hub import SIDE_FILES
 from ..safetensors_writer import TensorSpec, file_bytes, index_document, shard_file_names, shard_names
-from ..translate import Name, fused_hf_name, hf_name
 from ..weight_files import STEMS
 from .adapters import MISTRAL_FILE, PEFT_CONFIG, PEFT_FILE, mistral_document, one_factor, peft_document
-from .canonical import LORA_LEAVES, PEFT_PREFIX, Kind, Tensor
-from .expert_adapters import (
-    FusedAdapter,
-    FusedExperts,
-    expert_of,
-    fused_adapters,
-    fused_metadata,
-    peft_ranks,
-    same_downs,
-    stored_names,
-)
+from .canonical import Kind
+from .expert_adapters import FusedAdapter, fused_metadata, peft_ranks
 from .opening import Checkpoint
-from .pieces import DTYPES, Dtype, dtype_after
+from .pieces import DTYPES, Dtype
+from .targets import Target, named_targets, with_fused_adapters
 
 # As published: the HF layout in files of this size, the mistral layout in one, which mistral-inference asks for.
 HF_SHARD_BYTES = 5 * 10**9
 _CARRIED = (*SIDE_FILES, "LICENSE*", "README.md")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A tensor to write: its parts, one after the other, are its elements."""
-
-    spec: TensorSpec
-    parts: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -84,13 +67,10 @@ def plan_conversion(
     source: Checkpoint, to: Kind, *, dtype: Dtype | None = None, max_shard_bytes: int | None = None
 ) -> Plan:
     """Plans `source` in the layout `to`. Raises MinistralError, in one line, for what that layout cannot hold."""
-    _refuse_without_form(source, to)
+    require_form(source, to)
     source = _with_one_factor(source, to)
-    of_experts = _fused_adapters(source) if source.adapter is not None and to == "hf" else []
-    if of_experts:
-        source = dataclasses.replace(source, reader=FusedExperts(source.reader))
-    named = _named_parts(source, to) | _named_fused(source, of_experts)
-    targets = {name: _target(parts, fused, dtype) for name, (parts, fused) in named.items()}
+    source, of_experts = with_fused_adapters(source) if source.adapter is not None and to == "hf" else (source, [])
+    targets = named_targets(source, to, of_experts, dtype)
     documents, kept = _config_documents(source, to, dtype, of_experts)
     files = _weight_files(targets, to, source.adapter is not None, max_shard_bytes)
     if len(files) > 1:
@@ -109,7 +89,8 @@ def _layout(kind: Kind) -> Layout:
     return "hf" if kind == "hf" else "mistral"
 
 
-def _refuse_without_form(source: Checkpoint, to: Kind) -> None:
+def require_form(source: Checkpoint, to: Kind) -> None:
+    """That the layout `to` has a form for `source`. Raises CheckpointError."""
     config = source.config
     if source.adapter is not None and to == "orbax":
         raise CheckpointError(f"{source.folder}: is an adapter, which --to mistral and --to hf have a form for")
@@ -127,81 +108,6 @@ def _with_one_factor(source: Checkpoint, to: Kind) -> Checkpoint:
         return source
     factor = one_factor(source.adapter, source.adapter_ranks(), source.reader.paths[0])
     return dataclasses.replace(source, adapter=dataclasses.replace(source.adapter, scaling=factor, alpha=None))
-
-
-def _named_parts(source: Checkpoint, to: Kind) -> dict[str, tuple[list[Tensor], bool]]:
-    """Name in the target layout -> its parts, and whether they are experts side by side in a new axis."""
-    if to != "hf":
-        return {name: ([tensor], False) for name, tensor in source.tensors.items()}
-    wrapped = source.config.vision is not None
-    prefix = PEFT_PREFIX if source.adapter else ""
-    _refuse_fused_scales(source)
-    named: dict[str, tuple[list[Tensor], bool]] = {}
-    for tensor in source.tensors.values():
-        if source.adapter and expert_of(tensor.name.module):
-            continue  # see _named_fused
-        if tensor.name.is_expert_of_fused and not source.adapter:
-            named.setdefault(fused_hf_name(tensor.name, wrapped=wrapped), ([], True))[0].append(tensor)
-        else:
-            named[prefix + hf_name(tensor.name, wrapped=wrapped)] = [tensor], False
-    for name, (parts, fused) in named.items():
-        if fused:
-            parts.sort(key=lambda tensor: _expert_order(tensor.name))
-            _require_alike(name, parts, source)
-    return named
-
-
-def _fused_adapters(source: Checkpoint) -> list[FusedAdapter]:
-    """The adapters of experts in `source`, as PEFT has them."""
-    same = same_downs(source.tensors, source.reader, source.config)
-    return fused_adapters(source.low_ranks(), source.config, same, source.reader.paths[0])
-
-
-def _named_fused(source: Checkpoint, of_experts: Sequence[FusedAdapter]) -> dict[str, tuple[list[Tensor], bool]]:
-    """The adapters of experts by their names in PEFT's file."""
-    named: dict[str, tuple[list[Tensor], bool]] = {}
-    for fused, names in stored_names(of_experts, wrapped=source.config.vision is not None):
-        assert isinstance(source.reader, FusedExperts)
-        matrices = source.reader.add(fused, source.tensors, source.config, names[LORA_LEAVES[1]])
-        named |= {names[leaf]: (parts, False) for leaf, parts in zip(LORA_LEAVES, matrices, strict=True)}
-    return named
-
-
-def _expert_order(name: Name) -> tuple[int, str]:
-    _, _, expert, part = name.module.rsplit(".", 3)
-    return int(expert), part
-
-
-def _require_alike(name: str, parts: list[Tensor], source: Checkpoint) -> None:
-    odd = next((part for part in parts if (part.dtype, part.shape) != (parts[0].dtype, parts[0].shape)), None)
-    if odd is not None:
-        raise CheckpointError(
-            f"{source.reader.path_of(odd.stored)}: tensor '{odd.stored}' is {odd.dtype.name} {list(odd.shape)}, "
-            f"{parts[0].stored} is {parts[0].dtype.name} {list(parts[0].shape)}; expected one dtype and shape for all "
-            f"experts, which {name} holds together"
-        )
-
-
-def _refuse_fused_scales(source: Checkpoint) -> None:
-    """Experts with scales of their own beside plain `weight`: fused, they would share one, and be computed anew."""
-    plain = {tensor.name.module for tensor in source.tensors.values() if tensor.name.is_expert_of_fused}
-    scaled = next((t for t in source.tensors.values() if t.name.module in plain and "scale" in t.name.leaf), None)
-    if scaled is not None:
-        raise CheckpointError(
-            f"{source.reader.path_of(scaled.stored)}: tensor '{scaled.stored}' scales one expert; the HF layout keeps "
-            "all experts in one tensor with one scale: convert the bfloat16 checkpoint and quantise it there"
-        )
-
-
-def _target(parts: list[Tensor], fused: bool, dtype: Dtype | None) -> Target:
-    first = parts[0]
-    shape = first.shape
-    if fused:
-        experts = len({_expert_order(part.name)[0] for part in parts})
-        shape = (experts, first.shape[0] * len(parts) // experts, *first.shape[1:])
-    elif len(parts) > 1:  # one above the other
-        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    return Target(TensorSpec(dtype_after(first, dtype), shape), tuple(parts))
 
 
 def _weight_files(

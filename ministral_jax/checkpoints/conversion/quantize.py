@@ -4,7 +4,8 @@
     quantize("Ministral-8B", "Ministral-8B-int8", to="hf", stored=LinearFormat("int8_channel", "dynamic"))
 
 What is written is a compressed-tensors checkpoint, which vLLM and transformers load; FP8 in the mistral layout is
-spelled as Mistral publishes it; nf4 is of this project alone. Embeddings, norms, output head and vision stay dense.
+spelled as Mistral publishes it; nf4 is of this project alone. What stays dense is in scheme.py. Every expert is a
+module of its own; where a matrix has one scale, w1 and w3 of an expert have the same, so that they can be put in one.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ...config import ModelConfig, QuantizationConfig
 from ...config_files import CONFIG_FILE_NAMES, Layout
 from ...config_files.json_file import write_json
-from ...config_files.quantization_block import NF4_METHOD
-from ...errors import CheckpointError, NotYetError
+from ...errors import CheckpointError
 from ...quantization import LinearFormat
-from ...quantization.encoding import Parts, encode, relative_error
+from ...quantization.encoding import ONE_SCALE, Parts, encode, relative_error
 from ...quantization.formats import COLUMNS
 from ..hub import resolve
+from ..layouts import file_module
 from ..safetensors_writer import TensorSpec, index_document, shard_file_names, shard_names, write_streamed
 from ..translate import Name, hf_name
 from ..weight_files import STEMS
@@ -35,17 +35,15 @@ from .canonical import Tensor
 from .manifest import FileRecord
 from .opening import Checkpoint, open_checkpoint
 from .pieces import DTYPES, Pieces
-from .plan import HF_SHARD_BYTES, carried_files, config_document
+from .plan import HF_SHARD_BYTES, carried_files, config_document, require_form
+from .scheme import quantization_config, quantized_modules
 from .staging import Notes, Staging, file_identities, notes_if_published, require_free
 
 Progress = Callable[[int, int], object]
 
-_PROJECTION = re.compile(r"layers\.[0-9]+\.(attention\.w[qkvo]|feed_forward\.w[123])")
-# What compressed-tensors is to leave alone, in the words of each layout's runtime.
-_IGNORED: Mapping[Layout, tuple[str, ...]] = {
-    "hf": ("re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
-    "mistral": ("re:.*vision_encoder.*", "re:.*vision_language_adapter.*", "re:.*patch_merger.*"),
-}
+# The two projections of an expert that runtimes make one.
+_GATE_UP = re.compile(r"(layers\.[0-9]+\.(?:feed_forward\.)?experts\.[0-9]+)\.(w[13])")
+_TWIN = {"w1": "w3", "w3": "w1"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,7 @@ def quantize(
     with open_checkpoint(folder) as checkpoint:
         _refuse(checkpoint)
         layout: Layout = to or ("hf" if checkpoint.kind == "hf" else "mistral")
+        require_form(checkpoint, layout)
         job = _Job(checkpoint, layout, stored, input_maxima or {}, max_shard_bytes)
         identity, resumed = job.identity(), tuple[str, ...]()
         notes = notes_if_published(destination, identity, mark=CONFIG_FILE_NAMES[layout])
@@ -114,8 +113,6 @@ def _refuse(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.folder}: is quantised already ({config.quantization.format}); expected a dense checkpoint"
         )
-    if config.moe is not None or config.latent is not None:
-        raise NotYetError(f"{checkpoint.folder}: has experts or latent attention, which are not quantised yet")
 
 
 class _Job:
@@ -129,10 +126,12 @@ class _Job:
         input_maxima: Mapping[str, float],
         max_shard_bytes: int | None,
     ) -> None:
-        self.source, self.stored, self.maxima = source, stored, input_maxima
+        self.source, self.stored = source, stored
+        self.maxima = {file_module(name, source.config): largest for name, largest in input_maxima.items()}
         self.layout: Layout = layout
         self._pieces = Pieces(source)
         self._encoded: tuple[str, Parts] = ("", {})
+        self._largest: dict[str, float] = {}
         self._errors: Notes = {}
         self._targets = dict(self._named())
         projections = (tensor.name.module for _, tensor, part in self._targets.values() if part is not None)
@@ -162,8 +161,9 @@ class _Job:
         """Name in the target -> what it will be, the tensor it comes from, and which part it is of it."""
         native = self.layout == "mistral" and self.stored.format == "fp8_tensor"
         words = {"weight_scale": "qscale_weight", "input_scale": "qscale_act"} if native else {}
+        chosen = quantized_modules(self.stored, self.source.config)
         for tensor in self.source.tensors.values():
-            if not _PROJECTION.fullmatch(tensor.name.module):
+            if not chosen.fullmatch(tensor.name.module):
                 yield self._name(tensor.name), (TensorSpec(tensor.dtype, tensor.shape), tensor, None)
                 continue
             self._require_columns(tensor)
@@ -223,57 +223,26 @@ class _Job:
         module = tensor.name.module
         if self._encoded[0] != module:
             weight = self._pieces.whole(tensor, interleaved=self.layout == "mistral")
-            parts = encode(jnp.asarray(weight), self.stored, self.maxima.get(module))
+            largest = self._shared_maximum(module, weight) if self.stored.format in ONE_SCALE else None
+            parts = encode(jnp.asarray(weight), self.stored, self.maxima.get(module), largest=largest)
             if module not in self._errors:
                 self._errors[module] = relative_error(jnp.asarray(weight), parts, self.stored)
             self._encoded = module, parts
         return self._encoded[1]
 
+    def _shared_maximum(self, module: str, weight: np.ndarray) -> float | None:
+        """The largest number of w1 and w3 of an expert, of which `weight` is one; None for other modules."""
+        found = _GATE_UP.fullmatch(module)
+        if not found:
+            return None
+        twin = f"{found[1]}.{_TWIN[found[2]]}"
+        self._largest[module] = float(np.abs(weight).max(initial=0.0))
+        if twin not in self._largest:
+            other = self._pieces.whole(self.source.tensors[f"{twin}.weight"], interleaved=False)
+            self._largest[twin] = float(np.abs(other).max(initial=0.0))
+        return max(self._largest[module], self._largest[twin])
+
     def _config_document(self) -> dict[str, Any]:
-        config = dataclasses.replace(self.source.config, quantization=self._quantization())
+        quantization = quantization_config(self.stored, self.layout, self.source.config)
+        config = dataclasses.replace(self.source.config, quantization=quantization)
         return config_document(config, self.layout, self.source)
-
-    def _quantization(self) -> QuantizationConfig:
-        return quantization_config(self.stored, self.layout, self.source.config)
-
-
-def quantization_config(stored: LinearFormat, layout: Layout, config: ModelConfig) -> QuantizationConfig:
-    """How the config of `layout` says that the projections are `stored`."""
-    activations: Any = stored.activations
-    if stored.format == "nf4":
-        raw: dict[str, Any] = {"quant_method": NF4_METHOD, "block_size": 64, "double_quantization": stored.double}
-        return QuantizationConfig(format="nf4", activations="none", raw=raw)
-    if stored.format == "fp8_tensor" and layout == "mistral":
-        return QuantizationConfig(format=stored.format, activations=activations)
-    ignore = ["lm_head", *(_IGNORED[layout] if config.vision else ())]
-    return QuantizationConfig(format=stored.format, activations=activations, raw=_block(stored, ignore))
-
-
-def _block(stored: LinearFormat, ignore: list[str]) -> dict[str, Any]:
-    """A quantization_config of compressed-tensors."""
-    four, kind = stored.format == "nvfp4", "int" if stored.format == "int8_channel" else "float"
-    base: dict[str, Any] = {"num_bits": 4 if four else 8, "type": kind, "symmetric": True}
-    dynamic = stored.activations == "dynamic"
-    if four:
-        base |= {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
-        weights, inputs = {**base, "dynamic": False}, {**base, "dynamic": "local"}
-    elif stored.format == "fp8_block":
-        weights = {**base, "strategy": "block", "block_structure": [128, 128], "dynamic": False}
-        inputs = {**base, "strategy": "group", "group_size": 128, "dynamic": True}
-    else:
-        weights = {**base, "strategy": "tensor" if stored.format == "fp8_tensor" else "channel", "dynamic": False}
-        inputs = {**base, "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
-    formats = {"int8_channel": "int-quantized", "nvfp4": "nvfp4-pack-quantized"}
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None if stored.activations == "none" else inputs,
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": formats.get(stored.format, "float-quantized"),
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ignore,
-    }

@@ -89,8 +89,13 @@ def test_fused_experts_are_named_after_their_layer():
     name = Name("layers.4.experts.2.w3", "weight")
     assert name.is_expert_of_fused
     assert fused_hf_name(name, wrapped=False) == "model.layers.4.mlp.experts.gate_up_proj"
-    assert parse_fused("model.layers.4.mlp.experts.gate_up_proj") == ("layers.4", ("w1", "w3"))
-    assert parse_fused("model.language_model.layers.4.mlp.experts.down_proj") == ("layers.4", ("w2",))
+    assert parse_fused("model.layers.4.mlp.experts.gate_up_proj") == ("layers.4", ("w1", "w3"), "weight")
+    assert parse_fused("model.language_model.layers.4.mlp.experts.down_proj") == ("layers.4", ("w2",), "weight")
+    scale = Name("layers.4.experts.2.w3", "qscale_weight")
+    assert fused_hf_name(scale, wrapped=False) == "model.layers.4.mlp.experts.gate_up_proj_scale_inv"
+    found = parse_fused("model.layers.4.mlp.experts.gate_up_proj_activation_scale")
+    assert found == ("layers.4", ("w1", "w3"), "qscale_act")
+    assert parse_fused("model.layers.4.mlp.experts.gate_up_proj_bias") is None
     assert parse_fused("model.layers.4.mlp.experts.0.down_proj.weight") is None
     assert not Name("layers.4.experts.2.w3", "weight_packed").is_expert_of_fused
     assert not Name("layers.4.feed_forward.experts.2.w3", "weight").is_expert_of_fused
