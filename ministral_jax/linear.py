@@ -87,7 +87,8 @@ class Linear(nnx.Module):
         product = self._product(x)
         if self.adapter is None:
             return product
-        return product + low_rank_product(self._dropped(x), self.lora_a[...], self.lora_b[...], self.adapter.scale)
+        low: Any = low_rank_product(self._dropped(x), self.lora_a[...], self.lora_b[...], self.adapter.scale)
+        return product + low
 
     def _product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         if self.stored is None:
