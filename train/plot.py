@@ -64,13 +64,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run has told so far; losses are in nats per trained token, and `max_steps` None is unknown."""
+    """What a run has told so far; `max_steps` None is unknown.
+
+    Losses are in nats per trained token, or where it learns from preferences (`of_pairs`) per pair.
+    """
 
     folder: Path
     loss: Series
     evaluation: Series
     learning_rate: Series
     tokens_per_second: Series
+    of_pairs: bool
     max_steps: int | None
     seconds_left: float | None
 
@@ -109,6 +113,7 @@ def read_curves(folder: Path) -> Curves:
         evaluation=_series(evaluations, "loss"),
         learning_rate=_series(rows, "learning_rate"),
         tokens_per_second=_series(rows, "tokens_per_second"),
+        of_pairs="chosen_reward" in rows[-1],
         max_steps=_max_steps(folder),
         seconds_left=left if isinstance(left, int | float) else None,
     )
@@ -224,7 +229,8 @@ def _label(axes: Mapping[str, Any], runs: Sequence[Curves]) -> None:
     """Titles, units, and axes that suit the numbers."""
     ticker = import_extra("matplotlib.ticker", "plot", "a plot")
     losses, rate, speed = axes["loss"], axes["rate"], axes["speed"]
-    losses.set(title="Loss", ylabel="nats per trained token")
+    units = {"per pair" if run.of_pairs else "nats per trained token" for run in runs}
+    losses.set(title="Loss", ylabel=" or ".join(sorted(units)))
     rate.set(title="Learning rate", ylabel="learning rate")
     speed.set(title="Speed", ylabel="tokens per second")
     if _wants_log(runs):
@@ -258,7 +264,9 @@ def _state(run: Curves) -> str:
     if run.loss.last is not None:
         parts.append(f"training loss {run.loss.last:.4g}")
     if run.evaluation.last is not None:
-        parts.append(f"evaluation loss {run.evaluation.last:.4g}, perplexity {perplexity(run.evaluation.last):.4g}")
+        parts.append(f"evaluation loss {run.evaluation.last:.4g}")
+        if not run.of_pairs:
+            parts[-1] += f", perplexity {perplexity(run.evaluation.last):.4g}"
     if run.seconds_left and run.step != run.max_steps:
         parts.append(f"{duration(run.seconds_left)} left")
     return "   ".join(parts)

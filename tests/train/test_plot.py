@@ -78,6 +78,15 @@ def test_several_runs_share_the_axes_with_a_colour_each(tmp_path: Path) -> None:
     assert colours[0] == colours[1] == colours[2]  # a run as logged, its mean, its evaluation
 
 
+def test_losses_of_preferences_are_per_pair_and_have_no_perplexity(tmp_path: Path) -> None:
+    pairs = read_curves(write_run(tmp_path / "pairs", 9, chosen_reward=lambda s: 0.1))
+    drawn = figure([pairs])
+    assert panels(drawn)["Loss"].get_ylabel() == "per pair"
+    assert drawn.get_suptitle() == "pairs\nstep 9 of 200   training loss 2.111   evaluation loss 3.111"
+    both = figure([pairs, read_curves(write_run(tmp_path / "tokens", 9))])
+    assert panels(both)["Loss"].get_ylabel() == "nats per trained token or per pair"
+
+
 @pytest.mark.parametrize(("every", "width"), [(1, 8), (1, 9), (4, 9)])
 def test_a_mean_is_over_the_steps_around_and_leaves_out_what_is_no_number(every: int, width: int) -> None:
     rng = np.random.default_rng(0)
