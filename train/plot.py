@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +150,9 @@ def figure(runs: Sequence[Curves]) -> Any:
     """A matplotlib Figure: the losses above, learning rate and tokens per second below, over steps."""
     drawn = import_extra("matplotlib.figure", "plot", "a plot").Figure(figsize=INCHES, layout="constrained")
     axes = drawn.subplot_mosaic([["loss", "loss"], ["rate", "speed"]], height_ratios=[1.7, 1.0])
-    names, width = _names(runs), smoothing_width(runs)
+    names, width, colours = _names(runs), smoothing_width(runs), _colours(len(runs))
     alone = len(runs) == 1
-    for number, run in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
+    for run, colour in zip(runs, colours, strict=True):
         _draw_smoothed(axes["loss"], run.loss, colour, width)
         _draw_evaluation(axes["loss"], run.evaluation, COLOURS[1] if alone else colour, alone=alone)
         axes["rate"].plot(run.learning_rate.steps, run.learning_rate.values, **_line(run.learning_rate, colour))
@@ -163,10 +161,17 @@ def figure(runs: Sequence[Curves]) -> Any:
     title = f"{names[0]}\n{_state(runs[0])}" if alone else f"{len(runs)} runs"
     drawn.suptitle(title, fontsize=12)
     if not alone:
-        axes["loss"].legend(handles=_legend_of_colours(names), loc="upper right", fontsize=9)
+        axes["loss"].legend(handles=_legend_of_colours(names, colours), loc="upper right", fontsize=9)
     handles = _legend_of_lines(runs, width)
     drawn.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     return drawn
+
+
+def _colours(number: int) -> list[Any]:
+    """As many as there are runs; where they are more than the chosen ones, taken from a range of colours."""
+    if number <= len(COLOURS):
+        return list(COLOURS[:number])
+    return list(import_extra("matplotlib", "plot", "a plot").colormaps["turbo"](np.linspace(0.05, 0.95, number)))
 
 
 def smoothing_width(runs: Sequence[Curves]) -> int | None:
@@ -178,7 +183,7 @@ def smoothing_width(runs: Sequence[Curves]) -> int | None:
     return max(longest.step // _SMOOTHED_SHARE, round(_FEWEST_IN_MEAN * longest.step / rows))
 
 
-def _draw_smoothed(axes: Any, series: Series, colour: str, width: int | None) -> None:
+def _draw_smoothed(axes: Any, series: Series, colour: Any, width: int | None) -> None:
     """The values themselves, and over them, where there is a `width`, their mean; then they are pale."""
     line = _line(series, colour)
     if width is None:
@@ -188,25 +193,25 @@ def _draw_smoothed(axes: Any, series: Series, colour: str, width: int | None) ->
     axes.plot(series.steps, series.smoothed(width).values, color=colour, linewidth=1.8, zorder=3)
 
 
-def _draw_evaluation(axes: Any, series: Series, colour: str, *, alone: bool) -> None:
+def _draw_evaluation(axes: Any, series: Series, colour: Any, *, alone: bool) -> None:
     axes.plot(series.steps, series.values, **_evaluation_line(colour, alone=alone))
 
 
-def _line(series: Series, colour: str) -> dict[str, Any]:
+def _line(series: Series, colour: Any) -> dict[str, Any]:
     dots = {"marker": ".", "markersize": 5} if series.steps.size <= _MOST_DOTS else {}
     return {"color": colour, "linewidth": 1.5, **dots}
 
 
-def _evaluation_line(colour: str, *, alone: bool) -> dict[str, Any]:
+def _evaluation_line(colour: Any, *, alone: bool) -> dict[str, Any]:
     """In a colour of its own where there is one run; else dashed, in that of its run."""
     style = "-" if alone else "--"
     return {"color": colour, "linestyle": style, "linewidth": 1.5, "marker": "o", "markersize": 4.5, "zorder": 4}
 
 
-def _legend_of_colours(names: Sequence[str]) -> list[Any]:
+def _legend_of_colours(names: Sequence[str], colours: Sequence[Any]) -> list[Any]:
     """Which run has which colour."""
     line = import_extra("matplotlib.lines", "plot", "a plot").Line2D
-    return [line([], [], color=colour, label=name) for colour, name in zip(cycle(COLOURS), names, strict=False)]
+    return [line([], [], color=colour, label=name) for colour, name in zip(colours, names, strict=True)]
 
 
 def _legend_of_lines(runs: Sequence[Curves], width: int | None) -> list[Any]:
@@ -238,10 +243,10 @@ def _label(axes: Mapping[str, Any], runs: Sequence[Curves]) -> None:
         losses.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         losses.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     last = max(run.step for run in runs)
-    for each in axes.values():
+    for name, each in axes.items():
         each.set_xlabel("step")
         each.set_xlim(0, max(1.02 * last, 2))
-        each.xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=True))
+        each.xaxis.set_major_locator(ticker.MaxNLocator(10 if name == "loss" else 6, integer=True))
         each.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
         each.grid(visible=True, color="0.9")
         each.spines[["top", "right"]].set_visible(False)

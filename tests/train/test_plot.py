@@ -76,6 +76,8 @@ def test_several_runs_share_the_axes_with_a_colour_each(tmp_path: Path) -> None:
     colours = [line.get_color() for line in losses.lines]
     assert len(set(colours)) == 3
     assert colours[0] == colours[1] == colours[2]  # a run as logged, its mean, its evaluation
+    many = figure([read_curves(folders[0])] * 9)
+    assert len({str(handle.get_color()) for handle in panels(many)["Loss"].get_legend().legend_handles}) == 9
 
 
 def test_losses_of_preferences_are_per_pair_and_have_no_perplexity(tmp_path: Path) -> None:
