@@ -51,7 +51,8 @@ def answer(model: str, adapter: Path | None) -> str:
 def main() -> None:
     """Trains, or goes on with the run in RUN_DIR."""
     model, chats, run_dir = sys.argv[1:]
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s", force=True)  # in place of what imported packages have set up
+    logging.getLogger("train").setLevel(logging.INFO)
     result = run(
         configuration(model, chats, run_dir),
         resume=Path(run_dir).exists(),
