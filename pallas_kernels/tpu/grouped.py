@@ -24,7 +24,9 @@ def grouped_matmul_tpu(
 
     n_rows, (_, n_out, n_in) = len(x), w.shape
     rows = min(1 << max(n_rows - 1, LEAST_ROWS - 1).bit_length(), MOST_ROWS)
-    padded = jnp.pad(x, ((0, -n_rows % rows), (0, 0)))
+    inside = in_a_group(n_rows, group_sizes)[:, None]
+    # The mask is for its gradient: megablox leaves that of rows past the last group as it found the memory.
+    padded = jnp.pad(jnp.where(inside, x, 0), ((0, -n_rows % rows), (0, 0)))
     tiles = (rows, min(n_in, WIDEST_TILE), min(n_out, WIDEST_TILE))
     out = gmm(padded, w, group_sizes, x.dtype, tiles, transpose_rhs=True, interpret=interpret)[:n_rows]
-    return jnp.where(in_a_group(n_rows, group_sizes)[:, None], out, 0)
+    return jnp.where(inside, out, 0)

@@ -71,7 +71,7 @@ def test_each_row_meets_the_matrix_of_its_group(implementation: str, sizes: list
     assert np.abs(found - expected).max() <= CLOSE * np.ptp(expected, axis=None) + 1e-12
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
 def test_gradients_are_those_of_the_dense_formula(implementation: Any) -> None:
     """Of rows and of all matrices; rows past the last group, which are NaN, and empty groups get zeros."""
     rows, weights = problem()
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_the_dense_formula(implementation: Any) -> None:
     poisoned = np.where(np.arange(ROWS)[:, None] < sum(sizes), rows, np.nan)
 
     def loss(rows: Any, weights: Any) -> Any:
-        return jnp.sum(grouped_matmul(rows, weights, jnp.array(sizes), implementation=implementation) * answer)
+        return jnp.sum(product(rows, weights, jnp.array(sizes), implementation) * answer)
 
     found = jax.jit(jax.grad(loss, argnums=(0, 1)))(poisoned, weights)
     for got, want in zip(found, (d_rows, d_weights), strict=True):
