@@ -1,4 +1,4 @@
-"""What a TPU would compute for a mixture of experts, counted by its compiler. Nothing is run."""
+"""What TPUs and Hopper GPUs would compute for a mixture of experts, counted by their compilers. Nothing is run."""
 
 from __future__ import annotations
 
@@ -89,3 +89,18 @@ def test_tokens_travel_between_chips_by_a_ragged_exchange() -> None:
     assert "ragged-all-to-all" in text
     experts = f"bf16[8,{HIDDEN},{DIM}]"
     assert experts not in text
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Hopper kernels need jax >= 0.11")
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="jax's CUDA plugin is missing")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["the kernel", "the loop"])
+def test_a_hopper_gpu_takes_a_projection_of_all_experts_in_one_kernel(dtype: Any) -> None:
+    """Three kernels without a copy of an expert; for float32, which has no kernel, a loop over blocks."""
+    from pallas_kernels.gpu.ahead_of_time import compile_for_h200
+
+    graph, weights = nnx.split(MoE(config(64), dtype))
+    found = compile_for_h200(functools.partial(run, graph), weights, jax.ShapeDtypeStruct((8, DIM), dtype))
+    text = found.as_text() or ""
+    kernels, loops = text.count('custom_call_target="mosaic_gpu_v2"'), text.count(" while(")
+    assert (kernels, loops > 0) == ((3, False) if dtype == jnp.bfloat16 else (0, True))
+    assert found.memory_analysis().temp_size_in_bytes < 3 * dtype.dtype.itemsize * DIM * HIDDEN
