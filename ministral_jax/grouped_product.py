@@ -1,9 +1,9 @@
 """Products of rows with the matrix of the expert that each row goes to. Knows arrays; routing is moe.py's.
 
 Rows are sorted by expert; `group_sizes[e]` of them go to expert e, and the work follows that number, not the number of
-experts. On TPUs and Hopper GPUs that is a kernel, `grouped_matmul`. Elsewhere XLA would expand its ragged_dot to every
-row times every expert, so there a loop takes a block of rows of one expert at a time. The same loop serves weights that
-are not one array, on every platform: quantised ones, with or without an adapter.
+experts. On TPUs and Hopper GPUs that is a kernel, `grouped_matmul`; on Hopper FP8 blocks have one too. Elsewhere XLA
+would expand its ragged_dot to every row times every expert, so there a loop takes a block of rows of one expert at a
+time. The same loop serves other quantised weights on every platform.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import grouped_matmul, has_grouped_kernel
+from pallas_kernels import grouped_matmul, grouped_matmul_fp8, has_grouped_kernel
 from pallas_kernels.dispatch import target
 from pallas_kernels.reference import in_a_group
+
+from .quantization import Fp8BlockWeight
+from .quantization.fp8 import BLOCK
+from .quantization.rounding import FP8_MAX, dynamic_scale, to_fp8
 
 Implementation = Literal["auto", "blocks"]
 # What one expert does with rows: (its trained weights, its frozen weights, rows [R, I]) -> rows [R, O].
@@ -53,6 +57,37 @@ def grouped_product(
     if implementation == "auto" and has_grouped_kernel(x, weights):
         return grouped_matmul(x, weights, group_sizes)
     return by_blocks(_matrix_product, weights, None, x, group_sizes)
+
+
+@jax.custom_vjp
+def fp8_product(
+    x: Float[Array, "M I"],
+    payload: Float[Array, "E O I"],
+    scale: Float[Array, "E row_blocks column_blocks"],
+    group_sizes: Int[Array, "E"],
+) -> Float[Array, "M O"]:
+    """`Fp8BlockWeight.quantized_product` of all experts by a kernel, of bfloat16 rows. Its gradient is by_blocks's."""
+    columns = x.reshape(len(x), -1, BLOCK)
+    x_scale = dynamic_scale(columns, FP8_MAX)  # [M, blocks, 1]
+    rows = to_fp8(columns, x_scale).reshape(x.shape)
+    return grouped_matmul_fp8(rows, x_scale[..., 0], payload, scale, group_sizes)
+
+
+def _fp8_forward(x: Array, payload: Array, scale: Array, group_sizes: Array) -> tuple[Array, Any]:
+    return fp8_product(x, payload, scale, group_sizes), (x, payload, scale, group_sizes)
+
+
+def _fp8_backward(kept: Any, d_out: Array) -> tuple[Array, None, None, None]:
+    x, payload, scale, group_sizes = kept
+
+    def of_one(_: Any, frozen: Any, rows: Array) -> Array:
+        return Fp8BlockWeight(*frozen).quantized_product(rows)
+
+    pull = jax.vjp(lambda x: by_blocks(of_one, None, (payload, scale), x, group_sizes), x)[1]
+    return pull(d_out)[0], None, None, None
+
+
+fp8_product.defvjp(_fp8_forward, _fp8_backward)
 
 
 def rows_per_block(n_rows: int, n_experts: int, platform: str) -> int:

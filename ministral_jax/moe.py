@@ -18,12 +18,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import has_grouped_kernel
+from pallas_kernels import has_grouped_fp8_kernel, has_grouped_kernel
 
 from .attend import sequence_axes
 from .config import ModelConfig, MoEConfig
 from .feed_forward import FeedForward
-from .grouped_product import by_blocks, grouped_product
+from .grouped_product import by_blocks, fp8_product, grouped_product
 from .linear import Linear, LowRank
 from .parameters import ParameterSpec
 from .quantization import LinearFormat, QuantizedProduct, rounded_product
@@ -104,9 +104,19 @@ class Product:
         """The same, with the arrays apart."""
         return self({**trained, **frozen}, x)
 
+    def has_kernel(self, parts: Parts, x: Float[Array, "M _"]) -> bool:
+        """Whether all experts are computed at once: dense ones, or FP8 blocks met by rounded activations."""
+        if self.stored is None:
+            return has_grouped_kernel(x, parts["weight"])
+        rounded = self.stored.format == "fp8_block" and self.stored.activations == "dynamic"
+        return rounded and x.dtype == jnp.bfloat16 and has_grouped_fp8_kernel(parts["weight"])
+
     def of_groups(self, parts: Parts, x: Float[Array, "M I"], group_sizes: Int[Array, "E"]) -> Float[Array, "M O"]:
-        """Of all experts at once, dense, from their stacked arrays. What an adapter adds is rounded once more."""
-        product = grouped_product(x, parts["weight"], group_sizes)
+        """Of all experts at once, from their stacked arrays. What an adapter adds is rounded once more."""
+        if self.stored is None:
+            product = grouped_product(x, parts["weight"], group_sizes)
+        else:
+            product = fp8_product(x, parts["weight"], parts["weight_scale"], group_sizes)
         if self.adapter is None:
             return product
         missing = (0, -self.adapter.rank % RANK_MULTIPLE)
@@ -193,12 +203,12 @@ class ExpertForm:
     def run(self, arrays: ExpertArrays, x: Float[Array, "M D"], group_sizes: Int[Array, "E"]) -> Float[Array, "M D"]:
         """Rows sorted by expert through their experts; zeros for rows past the last group."""
         trained, frozen = arrays
-        dense = all(w.stored is None for w in (self.w1, self.w2, self.w3))
-        if not dense or not all(has_grouped_kernel(x, parts["weight"]) for parts in trained.values()):
+        parts = {name: {**trained[name], **frozen[name]} for name in trained}
+        if not all(getattr(self, name).has_kernel(parts[name], x) for name in parts):
             return by_blocks(self.of_one, trained, frozen, x, group_sizes)
 
         def product(name: str, x: Array) -> Array:
-            return getattr(self, name).of_groups(trained[name], x, group_sizes)
+            return getattr(self, name).of_groups(parts[name], x, group_sizes)
 
         return product("w2", jax.nn.silu(product("w1", x)) * product("w3", x))
 

@@ -51,3 +51,12 @@ TABLE: dict[str, Row[GroupedProblem]] = {
         ".reference", "grouped_matmul_reference", ("cpu", "gpu", "tpu"), None, refuses_nothing, automatic=False
     ),
 }
+# Of grouped_matmul_fp8: where there is no kernel, its caller has something better than the definition.
+FP8_TABLE: dict[str, Row[GroupedProblem]] = {
+    "pallas_gpu": Row(
+        ".gpu.grouped", "grouped_matmul_fp8_gpu", ("gpu",), None, _refused_by_hopper_kernel, interpretable=True
+    ),
+    "reference": Row(
+        ".reference", "grouped_matmul_fp8_reference", ("cpu", "gpu", "tpu"), None, refuses_nothing, automatic=False
+    ),
+}

@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from .visibility import visible
 
+FP8_BLOCK = 128  # inputs, and outputs, that have a scale of their own
+
 
 def masked_softmax_attention(
     q: Float[Array, "B T N H"],
@@ -158,6 +160,19 @@ def grouped_matmul_reference(
     matrices = w.astype(jnp.float32)[jnp.minimum(groups, len(w) - 1)]  # [M, O, I]
     out = jnp.einsum("MI,MOI->MO", known, matrices, precision=jax.lax.Precision.HIGHEST)
     return jnp.where(inside, out, 0.0).astype(x.dtype)
+
+
+def grouped_matmul_fp8_reference(
+    x: Float[Array, "M I"],
+    x_scale: Float[Array, "M blocks"],
+    w: Float[Array, "E O I"],
+    w_scale: Float[Array, "E row_blocks blocks"],
+    group_sizes: Int[Array, "E"],
+) -> Float[Array, "M O"]:
+    """The same of numbers times the scale of their block of 128, rounded to bfloat16."""
+    wide_x = x.astype(jnp.float32) * jnp.repeat(x_scale, FP8_BLOCK, axis=1)
+    wide_w = w.astype(jnp.float32) * jnp.repeat(jnp.repeat(w_scale, FP8_BLOCK, axis=1), FP8_BLOCK, axis=2)
+    return grouped_matmul_reference(wide_x, wide_w, group_sizes).astype(jnp.bfloat16)
 
 
 def in_a_group(n_rows: int, group_sizes: Int[Array, "E"]) -> Bool[Array, "M"]:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from ..reference import in_a_group
+from ..reference import FP8_BLOCK, in_a_group
 from .flash import DTYPES, OLDEST_JAX, interpreter
 from .grouped_plan import n_programs, plan_gradient, plan_product, visits
 
+FP8 = "float8_e4m3fn"
 WIDTH = 64  # inputs and outputs come in multiples of it: a swizzled row, and the narrowest tile
 INTERPRETED_PROGRAMS = 2
 
@@ -26,10 +27,11 @@ def unsupported(dtype: str, widths: tuple[int, int]) -> str | None:
     """Why the Hopper kernels cannot take x and w of this dtype and these widths (I, O), in one line; else None."""
     if jax.__version_info__[:2] < OLDEST_JAX:
         return f"the Hopper kernels need jax >= 0.11, found {jax.__version__}"
-    if dtype not in DTYPES:
+    if dtype not in (*DTYPES, FP8):
         return f"x is {dtype}: the Hopper kernels take {' or '.join(DTYPES)}"
-    if any(width % WIDTH for width in widths):
-        return f"widths (in, out) are {widths}: the Hopper kernels take multiples of {WIDTH}"
+    multiple = FP8_BLOCK if dtype == FP8 else WIDTH
+    if any(width % multiple for width in widths):
+        return f"widths (in, out) are {widths}: the Hopper kernels take multiples of {multiple}"
     return None
 
 
@@ -49,6 +51,25 @@ def grouped_matmul_gpu(
         raise ValueError(f"implementation='pallas_gpu': {reason}")
     product: Array = _grouped(interpreter(interpret), x, w, group_sizes.astype(jnp.int32))
     return product
+
+
+def grouped_matmul_fp8_gpu(
+    x: Float[Array, "M I"],
+    x_scale: Float[Array, "M blocks"],
+    w: Float[Array, "E O I"],
+    w_scale: Float[Array, "E row_blocks blocks"],
+    group_sizes: Int[Array, "E"],
+    *,
+    interpret: Any = False,
+) -> Float[Array, "M O"]:
+    """As `grouped_matmul_fp8_reference`, on Hopper. M is at least 1. Not differentiable."""
+    from .grouped_forward import Operands, Scales, grouped_forward
+
+    plan = plan_product(len(x), len(w), w.shape[1], _programs(interpret), widest=FP8_BLOCK)
+    scales = Scales(jnp.pad(x_scale.T, ((0, 0), (0, plan.rows))), w_scale)  # tiles end up to so many rows behind
+    operands = Operands(x, w, visits(group_sizes, len(x), plan.rows), scales)
+    out = grouped_forward(operands, plan=plan, turned=False, interpret=interpreter(interpret))
+    return jnp.where(in_a_group(len(x), group_sizes)[:, None], out, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

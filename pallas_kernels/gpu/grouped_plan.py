@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from .tiles import LINE, ROWS_EACH, SHARED_MEMORY_LIMIT
 
-DEPTH = 64  # of one step of a sum: a swizzled row of 128 bytes
+DEPTH_BYTES = 128  # of one step of a sum: a swizzled row
 WIDTHS = (256, 128, 64)  # of a tile, in columns of the result
 CHUNK = 64  # columns that are stored at a time
 MOST_SLOTS = 2  # chunks of a consumer on their way to device memory
@@ -46,7 +46,7 @@ class GroupedPlan:
     @property
     def bytes_needed(self) -> int:
         """Shared memory: loaded steps, chunks to be stored, and a line for the barriers."""
-        step = 2 * DEPTH * (self.rows + self.columns)
+        step = DEPTH_BYTES * (self.rows + self.columns)
         return self.stages * step + 2 * self.rows * self.slots * CHUNK + LINE
 
     def with_most_stages(self) -> GroupedPlan:
@@ -56,14 +56,14 @@ class GroupedPlan:
         return dataclasses.replace(self, stages=(SHARED_MEMORY_LIMIT - none) // step)
 
 
-def plan_product(n_rows: int, n_experts: int, n_out: int, programs: int) -> GroupedPlan:
+def plan_product(n_rows: int, n_experts: int, n_out: int, programs: int, widest: int = WIDTHS[0]) -> GroupedPlan:
     """For `n_rows` of all groups together, by matrices with `n_out` columns of the result, a multiple of 64."""
     few = n_rows <= FEW_ROWS * n_experts
     consumers = 1 if few else 2
     rows = consumers * ROWS_EACH
     # With few rows every expert that is hit has one tile of rows, or two.
     row_tiles = min(n_rows, n_experts) if few else -(-n_rows // rows)
-    return GroupedPlan(rows, _columns(row_tiles, n_out, programs), 1, programs).with_most_stages()
+    return GroupedPlan(rows, _columns(row_tiles, n_out, programs, widest), 1, programs).with_most_stages()
 
 
 def plan_gradient(n_out: int, n_in: int, programs: int) -> GroupedPlan:
@@ -73,9 +73,9 @@ def plan_gradient(n_out: int, n_in: int, programs: int) -> GroupedPlan:
     return GroupedPlan(rows, columns, 1, programs).with_most_stages()
 
 
-def _columns(row_tiles: int, n_out: int, programs: int) -> int:
+def _columns(row_tiles: int, n_out: int, programs: int, widest: int) -> int:
     """The widest tile that keeps the programs busy enough, else the one that keeps them busiest."""
-    widths = [width for width in WIDTHS if n_out % width == 0]
+    widths = [width for width in WIDTHS if n_out % width == 0 and width <= widest]
 
     def busy(width: int) -> float:
         tiles = row_tiles * (n_out // width)

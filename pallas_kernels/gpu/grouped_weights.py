@@ -15,13 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from .extent import ceil_div, floor_div
-from .grouped_plan import CHUNK, DEPTH, GroupedPlan
+from .grouped_plan import CHUNK, GroupedPlan
 from .grouped_program import Ring, banded, chunks, in_roles, in_turns, run_program, store
 from .tensor_core import Accumulator, accumulating, clear_outside, tile
 from .tiles import ROWS_EACH
 
 # Tiles of outputs that go through the inputs together: 8 of 128, and 16 of 256 inputs, for 132 programs at a time.
 BAND = 8
+DEPTH = 64  # rows of a step
 # Loaded steps begin at rows that are multiples of a swizzled tile's rows.
 ALIGNED = 8
 

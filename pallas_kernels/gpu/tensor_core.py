@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 WGMMA = plgpu.Layout.WGMMA  # how 128 threads hold a [64, n] float32 accumulator
 ROWS = WGMMA.reduce(1)  # one value per row of it
 COLUMNS = WGMMA.reduce(0)  # one value per column of it
+SWIZZLE = 128  # bytes of a row of the widest swizzle
 
 
 @runtime_checkable
@@ -137,17 +138,17 @@ def tile(shape: tuple[int, ...], dtype: Any, block: int = 64) -> Any:
 
 
 def tile_and_rows(shape: tuple[int, ...], dtype: Any, *, interpreted: bool) -> Any:
-    """Shared memory for matrix operands [..., rows, 64] that copies may fill, or read, from any row to any other.
+    """Shared memory for matrix operands [..., rows, 128 bytes] that copies may fill or read from any row to any other.
 
-    TMA copies tiles of 8 rows from multiples of 8 only. With 64 columns of 16 bits a tile's rows lie one behind the
-    other, so the same bytes are also plain swizzled rows: `as_tile` for products and registers, `as_rows` for copies.
+    TMA copies tiles of 8 rows from multiples of 8 only. With 128 bytes a row, a tile's rows lie one behind the other:
+    the same bytes are also plain swizzled rows. They are `as_tile` for products and registers, `as_rows` for copies.
     The interpreter, which knows no swizzles, takes one view for both.
     """
-    whole = tile(shape, dtype)
+    columns, swizzle = SWIZZLE // jnp.dtype(dtype).itemsize, plgpu.SwizzleTransform(SWIZZLE)
+    whole = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), swizzle))
     if interpreted:
         return (whole,)
-    row_by_row = plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((64,)), plgpu.SwizzleTransform(128)))
-    return plgpu.RefUnion(whole, row_by_row)
+    return plgpu.RefUnion(whole, plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((columns,)), swizzle)))
 
 
 def as_tile(memory: Any) -> Any:

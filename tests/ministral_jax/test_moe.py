@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ministral_jax import grouped_product as grouped_product_module
 from ministral_jax import moe as moe_module
 from ministral_jax.config import ModelConfig, MoEConfig
 from ministral_jax.linear import LowRank
@@ -20,6 +21,7 @@ from ministral_jax.moe import MoE, group, route
 from ministral_jax.parameters import fill, initialize, parameter_specs, parameters
 from ministral_jax.quantization import LinearFormat
 from ministral_jax.quantization.encoding import encode
+from pallas_kernels import grouped_matmul_fp8
 from tests.checkpoint_files import tiny_config
 
 from .paged_runner import QUICK, jitted
@@ -290,3 +292,29 @@ def test_gradients_of_adapters_of_experts_are_those_of_the_plain_formula(
     for name, gradient in expected[0].items():
         assert_close(found[0][name], np.asarray(gradient))
     assert_close(found[1], np.asarray(expected[1]))
+
+
+def test_experts_in_fp8_blocks_are_taken_all_at_once_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition stands in the kernel's place. Activations are rounded twice, by half a step of e4m3."""
+    stored = LinearFormat("fp8_block", "dynamic")
+    dense, module = layer(MIXTRAL), MoE(config(MIXTRAL), jnp.bfloat16)
+    arrays, meant = ({n: a for n, a in parameters(dense).items() if "experts" not in n} for _ in range(2))
+    for name in ("w1", "w2", "w3"):
+        getattr(module.experts, name).store_as(stored)
+        parts = [encode(matrix, stored) for matrix in parameters(dense)[f"experts.{name}.weight"]]
+        meant[f"experts.{name}.weight"] = jnp.stack([stored.weight(part).dequantize() for part in parts])
+        arrays |= {f"experts.{name}.{part}": jnp.stack([one[part] for one in parts]) for part in parts[0]}
+    calls = []
+
+    def definition(*operands: Any) -> jax.Array:
+        calls.append(operands)
+        return grouped_matmul_fp8(*operands, implementation="reference")
+
+    monkeypatch.setattr(moe_module, "has_grouped_fp8_kernel", lambda w: True)
+    monkeypatch.setattr(grouped_product_module, "grouped_matmul_fp8", definition)
+    x = jnp.asarray(tokens(), jnp.bfloat16)
+    specs = parameter_specs(module)
+    module = fill(module, {name: array.astype(specs[name].dtype) for name, array in arrays.items()})
+    found = np.asarray(answer(module, x), np.float32)
+    assert len(calls) == 3
+    assert_close(found, dense_sum(dense, np.asarray(x, np.float64), meant), 0.05)

@@ -67,17 +67,27 @@ def gradient_of_w(operands: Any) -> Any:
     return _weights(False, d_out, x, sizes)
 
 
+def product_of_eight_bits(operands: Any) -> Any:
+    from pallas_kernels.gpu.grouped import grouped_matmul_fp8_gpu
+
+    return grouped_matmul_fp8_gpu(*operands)
+
+
 def check(report: str, width: int) -> None:
     """No spilled byte; warpgroup products of the tile's width and no others, asynchronous, one left running."""
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spills == [("0", "0", "0")]
-    assert not re.search(r"\b(LDL|STL|HMMA)\b", report)
-    assert "wgmma.mma_async instructions are serialized" not in report
+    check_registers(report)
     products = re.findall(r"\bHGMMA\.(\S+)\.F32", report)
     assert set(products) == {f"64x{width}x16"}
     assert len(products) in (8, 12)  # four for a step, which stands in the code before the loop, in it and behind it
     loop = report[report.index("HGMMA") : report.rindex("DEPBAR.LE gsb0, 0x0")]
     assert "DEPBAR.LE gsb0, 0x1" in loop
+
+
+def check_registers(report: str) -> None:
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills == [("0", "0", "0")]
+    assert not re.search(r"\b(LDL|STL|HMMA)\b", report)
+    assert "wgmma.mma_async instructions are serialized" not in report
 
 
 def step_is_bare(report: str) -> bool:
@@ -113,6 +123,27 @@ def test_the_gradient_by_matrices_compiles_without_spills(
     plan = plan_gradient(shape.O, shape.I, PROGRAMS)
     assert plan.bytes_needed <= SHARED_MEMORY_LIMIT
     check(reports(gradient_of_w, shape.operands(), monkeypatch, capfd), plan.columns)
+
+
+@pytest.mark.parametrize("shape", [*LARGE_3, MIXTRAL[3], MIXTRAL[5]], ids=str)
+def test_products_of_eight_bits_are_those_of_the_tensor_cores(
+    shape: Shape, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """e4m3 as it lies: nothing is converted to 16 bits, and a step is four products of 32 inputs."""
+    plan = plan_product(shape.M, shape.E, shape.O, PROGRAMS, widest=128)
+    assert plan.bytes_needed <= SHARED_MEMORY_LIMIT
+    blocks, eight, float32 = shape.I // 128, jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float32)
+    operands = (
+        jax.ShapeDtypeStruct((shape.M, shape.I), eight),
+        jax.ShapeDtypeStruct((shape.M, blocks), float32),
+        jax.ShapeDtypeStruct((shape.E, shape.O, shape.I), eight),
+        jax.ShapeDtypeStruct((shape.E, shape.O // 128, blocks), float32),
+        jax.ShapeDtypeStruct((shape.E,), jnp.dtype(jnp.int32)),
+    )
+    report = reports(product_of_eight_bits, operands, monkeypatch, capfd)
+    check_registers(report)
+    assert re.findall(r"\bQGMMA\.(\S+)", report) == [f"64x{plan.columns}x32.F32.E4M3.E4M3"] * 4
+    assert "HGMMA" not in report
 
 
 def test_no_matrix_is_copied_on_its_way_to_the_product() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import dispatch, grouped_matmul, has_grouped_kernel
+from pallas_kernels import dispatch, grouped_matmul, grouped_matmul_fp8, has_grouped_fp8_kernel, has_grouped_kernel
 from pallas_kernels.dispatch import Target
 from pallas_kernels.grouped_dispatch import TABLE, GroupedProblem
 
@@ -90,6 +90,23 @@ def test_gradients_are_those_of_the_dense_formula(implementation: Any) -> None:
     found = jax.jit(jax.grad(loss, argnums=(0, 1)))(poisoned, weights)
     for got, want in zip(found, (d_rows, d_weights), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=CLOSE * float(np.ptp(want)))
+
+
+def test_eight_bits_mean_their_numbers_times_the_scales_of_their_blocks() -> None:
+    """And where there is no kernel, the layer of experts has something better than the definition."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float8_e4m3fn) for shape in ((3, 256), (2, 128, 256)))
+    x_scale, w_scale = (rng.random(shape).astype(np.float32) for shape in ((3, 2), (2, 1, 2)))
+    sizes = jnp.asarray([2, 0], jnp.int32)
+    operands = (x, jnp.asarray(x_scale), w, jnp.asarray(w_scale), sizes)
+    found = grouped_matmul_fp8(*operands, implementation="reference")
+    wide = np.asarray(x, np.float64).reshape(3, 2, 128) * x_scale[..., None]
+    matrix = np.asarray(w[0], np.float64).reshape(128, 2, 128) * w_scale[0, 0][:, None]
+    expected = np.einsum("mgi,ogi->mo", wide, matrix) * [[1], [1], [0]]
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-6)
+    assert not has_grouped_fp8_kernel(w)
+    with pytest.raises(ValueError, match="implementation='pallas_gpu': the device is cpu, expected gpu"):
+        grouped_matmul_fp8(*operands)
 
 
 def test_no_rows_give_no_products() -> None:
