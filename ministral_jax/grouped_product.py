@@ -21,7 +21,7 @@ from pallas_kernels import grouped_matmul, grouped_matmul_fp8, has_grouped_kerne
 from pallas_kernels.dispatch import target
 from pallas_kernels.reference import in_a_group
 
-from .quantization import Fp8BlockWeight
+from .quantization import Fp8BlockWeight, rounded_product
 from .quantization.fp8 import BLOCK
 from .quantization.rounding import FP8_MAX, dynamic_scale, to_fp8
 
@@ -66,7 +66,7 @@ def fp8_product(
     scale: Float[Array, "E row_blocks column_blocks"],
     group_sizes: Int[Array, "E"],
 ) -> Float[Array, "M O"]:
-    """`Fp8BlockWeight.quantized_product` of all experts by a kernel, of bfloat16 rows. Its gradient is by_blocks's."""
+    """`rounded_product` of all experts by a kernel, of bfloat16 rows. Its gradient is by_blocks's."""
     columns = x.reshape(len(x), -1, BLOCK)
     x_scale = dynamic_scale(columns, FP8_MAX)  # [M, blocks, 1]
     rows = to_fp8(columns, x_scale).reshape(x.shape)
@@ -81,7 +81,7 @@ def _fp8_backward(kept: Any, d_out: Array) -> tuple[Array, None, None, None]:
     x, payload, scale, group_sizes = kept
 
     def of_one(_: Any, frozen: Any, rows: Array) -> Array:
-        return Fp8BlockWeight(*frozen).quantized_product(rows)
+        return rounded_product(Fp8BlockWeight(*frozen), rows)
 
     pull = jax.vjp(lambda x: by_blocks(of_one, None, (payload, scale), x, group_sizes), x)[1]
     return pull(d_out)[0], None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -163,16 +164,15 @@ def test_frozen_matrices_have_no_gradient(argnums: int) -> None:
 
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One entry for every copy into shared memory that is really made from now on."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
+    callbacks: Any = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
     made: list[None] = []
-    real = gpu_callbacks.copy_gmem_to_smem
+    real = callbacks.copy_gmem_to_smem
 
     def counted(*args: Any, **options: Any) -> Any:
         made.append(None)
         return real(*args, **options)
 
-    monkeypatch.setattr(gpu_callbacks, "copy_gmem_to_smem", counted)
+    monkeypatch.setattr(callbacks, "copy_gmem_to_smem", counted)
     return made
 
 
