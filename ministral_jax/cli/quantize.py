@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Writes the dense model SRC, a folder or a Hugging Face id, into the new folder DST with its
-projections quantised; embeddings, norms, output head and vision tower stay as they are.
+projections quantised; embeddings, norms, routers, output head and vision tower stay as they are.
 
-int8   8 bits and a scale for each row; activations in int8, scaled token by token
-fp8    8-bit floats; activations too, with static scales if --calibrate is given
-nvfp4  4-bit floats in groups of 16; activations too if --calibrate is given
-nf4    4-bit quantiles in blocks of 64 (QLoRA's), of this program alone
+int8       8 bits and a scale for each row; activations in int8, scaled token by token
+fp8        8-bit floats; activations too, with static scales if --calibrate is given
+fp8-block  8-bit floats and a scale for each 128 x 128; activations too
+nvfp4      4-bit floats in groups of 16; activations too if --calibrate is given
+nf4        4-bit quantiles in blocks of 64 (QLoRA's), of this program alone
 
-The first three are compressed-tensors files, which vLLM and transformers load; fp8 in the
+All but the last are compressed-tensors files, which vLLM and transformers load; fp8 in the
 mistral layout is written as Mistral publishes it. Matrices are gone through one at a time,
 and a run that was cut off is taken up where its last file ended."""
 
@@ -45,7 +46,7 @@ examples:
 Each line of the --calibrate file is {"text": "..."} or {"ids": [1, 5, 9]}. The same lines
 give the perplexity before and after, for which SRC and DST are loaded whole."""
 
-FORMATS = ("int8", "fp8", "nvfp4", "nf4")
+FORMATS = ("int8", "fp8", "fp8-block", "nvfp4", "nf4")
 
 
 def add_command(commands: Commands) -> None:
@@ -125,6 +126,8 @@ def _stored(name: str, layout: Layout, *, calibrated: bool, double: bool) -> Lin
 
     if name == "int8":
         return LinearFormat("int8_channel", "dynamic")
+    if name == "fp8-block":
+        return LinearFormat("fp8_block", "dynamic")
     if name == "nvfp4":
         return LinearFormat("nvfp4", "dynamic" if calibrated else "none")
     if name == "nf4":
@@ -205,13 +208,21 @@ def _show(report: QuantizationReport, perplexity: dict[str, float | None] | None
         note_to_people(f"taken over from a run that was cut off: {', '.join(report.resumed)}")
     write(
         f"wrote {report.target}: {report.n_bytes:,} bytes in the {report.to} layout, {report.n_bytes_before:,} before\n"
-        "relative error of the weights, by layer and projection\n"
+        "relative error of the weights, by layer and projection; of experts, the largest\n"
     )
-    layers: dict[str, list[tuple[str, float]]] = {}
+    layers: dict[str, dict[str, float]] = {}
     for module, error in report.errors.items():
         _, layer, rest = module.split(".", 2)
-        layers.setdefault(layer, []).append((rest.rsplit(".", 1)[-1], error))
+        of_layer, part = layers.setdefault(layer, {}), _part(rest)
+        of_layer[part] = max(error, of_layer.get(part, 0.0))
     for layer, errors in layers.items():
-        write(f"  {layer:>4}  " + "  ".join(f"{part} {error:.4f}" for part, error in errors) + "\n")
+        write(f"  {layer:>4}  " + "  ".join(f"{part} {error:.4f}" for part, error in errors.items()) + "\n")
     if perplexity is not None:
         write(f"perplexity {perplexity['before']:.4f} before, {perplexity['after']:.4f} after\n")
+
+
+def _part(module: str) -> str:
+    """What a projection of a layer is called in a report, all experts alike."""
+    *_, kind, number, part = ("", "", *module.split("."))
+    kind = kind if number.isdigit() else number
+    return f"{kind}.{part}" if kind.endswith("experts") else part

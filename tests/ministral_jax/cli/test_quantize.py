@@ -6,6 +6,7 @@ import math
 import pytest
 
 from ministral_jax.cli import main
+from tests.architecture_files import SMALL_4, make, write_example
 from tests.checkpoint_files import tiny_config, write_tiny_checkpoint
 
 LINES = '{"ids": [1, 5, 9, 2, 77, 31, 8, 64]}\n\n{"ids": [1, 3, 4]}\n'
@@ -50,6 +51,18 @@ def test_without_data_the_errors_of_layers_are_shown(dense, capsys):
     (line,) = [line for line in out.splitlines() if line.startswith("     0  ")]
     assert line.split()[1::2] == ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
     assert all(0.05 < float(error) < 0.12 for error in line.split()[2::2])
+
+
+def test_errors_of_experts_are_shown_as_one(tmp_path, capsys):
+    write_example(tmp_path / "dense", make(SMALL_4), "mistral")
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "out"), "--format", "fp8-block"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("     1  ")]
+    assert line.split()[1::2] == [
+        *("wq_b", "wkv_b", "wo"),
+        *(f"{kind}.{part}" for kind in ("experts", "shared_experts") for part in ("w1", "w2", "w3")),
+    ]
+    document = json.loads((tmp_path / "out" / "params.json").read_text())["quantization_config"]
+    assert document["config_groups"]["group_0"]["weights"]["block_structure"] == [128, 128]
 
 
 @pytest.mark.parametrize(
