@@ -51,7 +51,7 @@ _UNREAD: Mapping[str, re.Pattern[str]] = {
 class Entry:
     """Which part of a tensor of all experts, of `shape`, is one expert's: `rows` (first, end) of its `expert`.
 
-    Where there is one number for each expert, in a tensor of any shape, `rows` are (0, 1).
+    Of lone numbers `rows` say which of an expert's it is, in a tensor of any shape.
     """
 
     expert: int

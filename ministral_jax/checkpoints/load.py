@@ -384,7 +384,7 @@ def read_small(files: WeightFiles, source: Source, dtype: np.dtype, shape: tuple
     """A whole parameter of `shape` from a tensor of as many numbers in another one."""
     values = files.read(source.name).astype(dtype)
     if source.entry:
-        values = values.reshape(len(values), -1)[source.entry.expert]
+        values = values.reshape(len(values), -1)[source.entry.expert][slice(*source.entry.rows)]
     values = values.reshape(shape)
     return half_split_rows(values, source.heads) if source.heads else values
 

@@ -170,8 +170,9 @@ def _require_no_strays(files: WeightFiles, modules: set[str], read: set[str]) ->
 
 
 def _shapes_of_all(part: Part, entry: Entry) -> list[tuple[int, ...]]:
-    """What a tensor of all experts may have: of one scale each, [E, 1, 1], [E, 1] or [E]."""
-    return [entry.shape] if part.shape else [entry.shape, entry.shape[:2], entry.shape[:1]]
+    """What a tensor of all experts may have: of one scale each, [E, 1, 1], [E, 1] or [E], of two [E, 2, 1]."""
+    lone = not part.shape and entry.shape[1] == 1
+    return [entry.shape, entry.shape[:2], entry.shape[:1]] if lone else [entry.shape]
 
 
 @dataclass(frozen=True)
@@ -206,18 +207,20 @@ class _Finder:
             )
         # A lone scale may be [] or [1], one per row [O] or [O, 1].
         shapes = [part.shape] if len(part.shape) == 2 else [part.shape, (*part.shape, 1)]
-        entry = self._entry(part, rows)
+        entry = self._entry(part, rows, found)
         self._require_fits(found, part, shapes if entry is None else _shapes_of_all(part, entry))
         return Source(found, self._heads(part, rows), entry)
 
-    def _entry(self, part: Part, rows: int) -> Entry | None:
-        """Which part of the tensor of all experts is this one's."""
+    def _entry(self, part: Part, rows: int, found: str) -> Entry | None:
+        """Which part of the tensor `found`, of all experts, is this one's; w1 and w3 may share a lone scale or not."""
         dense = self.dense.entry
         if dense is None:
             return None
         n_experts = dense.shape[0]
         if not part.shape:
-            return Entry(dense.expert, (0, 1), (n_experts, 1, 1))
+            halves = 2 if dense.shape[1] == 2 * rows and self.files.tensors[found].shape == (n_experts, 2, 1) else 1
+            half = dense.rows[0] // rows if halves == 2 else 0
+            return Entry(dense.expert, (half, half + 1), (n_experts, halves, 1))
         if part.shape[0] == rows:
             return Entry(dense.expert, dense.rows, (*dense.shape[:2], *part.shape[1:]))
         if rows % BLOCK and dense.shape[1] != rows:

@@ -143,8 +143,9 @@ def _fused_parts(
         )
     experts, rows, columns = info.shape[0], info.shape[1] // len(parts), info.shape[2]
     names = [(expert, part) for expert in range(experts) for part in parts]
+    shape = () if leaf != "weight" and rows * columns == 1 else (rows, columns)
     return [
-        Tensor(Name(f"{layer}.experts.{expert}.{part}", leaf), info.dtype, (rows, columns), stored, i * rows * columns)
+        Tensor(Name(f"{layer}.experts.{expert}.{part}", leaf), info.dtype, shape, stored, i * rows * columns)
         for i, (expert, part) in enumerate(names)
     ]
 

@@ -166,12 +166,15 @@ def test_both_layouts_are_converted_into_each_other_byte_by_byte(tmp_path, activ
     assert before == after
 
 
-@pytest.mark.parametrize("shape", [(N,), (N, 1)])
+@pytest.mark.parametrize("shape", [(N,), (N, 1), (N, 2, 1)])
 def test_scales_of_other_shapes_are_the_same_numbers(tmp_path, shape):
     written, _ = example("dynamic")
     tensors = fused_file(written)
     for name in [name for name in tensors if WHOLE.match(name) and name.endswith("scale_inv")]:
-        tensors[name] = tensors[name].reshape(shape)
+        twice = len(shape) == 3 and "gate_up" in name
+        tensors[name] = (
+            np.repeat(tensors[name], 2, axis=1) if twice else tensors[name].reshape(N, *[1] * (len(shape) - 1))
+        )
     found = parameters(load_model(write(tmp_path / "a", written, "hf", tensors)))
     expected = parameters(load_model(write(tmp_path / "b", written, "hf")))
     assert all(np.array_equal(array, expected[name]) for name, array in found.items())
@@ -239,6 +242,23 @@ def test_two_scales_of_an_expert_have_no_form_in_hf(tmp_path):
     assert load_model(tmp_path / "m")  # which the mistral layout has
 
 
+def test_a_scale_for_each_of_w1_and_w3_is_read_as_such(tmp_path):
+    """Of which transformers' parameter has room for two."""
+    written, _ = example("dynamic")
+    tensors, name = fused_file(written), "model.layers.1.mlp.experts.gate_up_proj_scale_inv"
+    tensors[name] = np.concatenate([tensors[name], 3 * tensors[name]], axis=1)
+    model = load_model(write(tmp_path / "h", written, "hf", tensors))
+    one, three = (
+        projections(model)[f"layers.1.feed_forward.experts.{part}"].weight_scale[...] for part in ("w1", "w3")
+    )
+    np.testing.assert_array_equal(one, tensors[name][:, 0, 0])
+    np.testing.assert_array_equal(three, tensors[name][:, 1, 0])
+    convert(tmp_path / "h", tmp_path / "m", to="mistral", verify=True)
+    found = read_file(tmp_path / "m" / MISTRAL)
+    np.testing.assert_array_equal(found["layers.1.experts.2.w3.qscale_weight"], tensors[name][2, 1, 0])
+    np.testing.assert_array_equal(found["layers.1.experts.2.w1.qscale_weight"], tensors[name][2, 0, 0])
+
+
 FIRST = "model.layers.0.mlp.experts.gate_up_proj"
 
 
@@ -248,7 +268,7 @@ FIRST = "model.layers.0.mlp.experts.gate_up_proj"
         (lambda t: t.pop(f"{FIRST}_scale_inv"), f"tensor '{FIRST}_scale_inv' is missing; expected with fp8_tensor"),
         (lambda t: t.pop(f"{FIRST}_activation_scale"), f"tensor '{FIRST}_activation_scale' is missing"),
         (lambda t: t.update({f"{FIRST}_scale_inv": np.ones(3, np.float32)}), "has shape [3], expected [4, 1, 1]"),
-        (lambda t: t.update({f"{FIRST}_scale_inv": np.ones((4, 2, 1), np.float32)}), "has shape [4, 2, 1], expected"),
+        (lambda t: t.update({f"{FIRST}_scale_inv": np.ones((4, 3, 1), np.float32)}), "has shape [4, 3, 1], expected"),
         (lambda t: t.update({f"{FIRST}_scale_inv": np.ones((4, 1, 1), np.int8)}), "has dtype I8, expected F32"),
         (lambda t: t.update({FIRST: t[FIRST].view(np.int8)}), "has dtype I8, expected F8_E4M3"),
         (lambda t: t.update({FIRST: t[FIRST][:3].copy()}), "has shape [3, 64, 64], expected [4, 64, 64]"),
