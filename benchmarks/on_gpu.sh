@@ -5,14 +5,15 @@
 #     sh benchmarks/on_gpu.sh flash [python]     flash_attention, forward and backward
 #     sh benchmarks/on_gpu.sh paged [python]     paged_attention, decode steps, a long prompt
 #     sh benchmarks/on_gpu.sh moe [python]       grouped_matmul, products of experts and their gradients
+#     sh benchmarks/on_gpu.sh finetune [python]  LoRA steps of 3B and 8B, beside transformers and PEFT where they are
 set -eu
 cd "$(dirname "$0")/.."
 what=${1:-}
 python=${2:-python3}
 case $what in
-flash | paged | moe) ;;
+flash | paged | moe | finetune) ;;
 *)
-    echo "usage: sh benchmarks/on_gpu.sh flash|paged|moe [python]" >&2
+    echo "usage: sh benchmarks/on_gpu.sh flash|paged|moe|finetune [python]" >&2
     exit 2
     ;;
 esac
@@ -55,5 +56,9 @@ paged)
 moe)
     right benchmarks/gpu_grouped_correctness.py
     timeout 300 "$python" benchmarks/grouped.py --limit 240 --out "benchmarks/results/grouped-$name.json"
+    ;;
+finetune)
+    # The losses of both sides are compared in every row that has both. A side that takes too long ends at the limit.
+    timeout 590 "$python" benchmarks/finetune.py --limit 560 --out "benchmarks/results/finetune-$name.json"
     ;;
 esac

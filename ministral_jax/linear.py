@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .parameters import ParameterSpec
-from .quantization import LinearFormat, QuantizedProduct, QuantizedWeight, rounded_product
+from .quantization import LinearFormat, QuantizedProduct, QuantizedWeight, frozen_product
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ class Linear(nnx.Module):
         if self.stored is None:
             return jnp.einsum("...I,OI->...O", x, self.weight[...])
         weight = self.quantized_weight()
-        if self.stored.activations != "none" and isinstance(weight, QuantizedProduct):
-            return rounded_product(weight, x)
-        return weight.product(x)
+        rounded = self.stored.activations != "none" and isinstance(weight, QuantizedProduct)
+        return frozen_product(weight, x, rounded=rounded)
 
     def _dropped(self, x: Float[Array, "*T I"]) -> Float[Array, "*T I"]:
         """`x` with a random share of its numbers zero and the others larger for it, where there is a key."""

@@ -26,7 +26,7 @@ from .feed_forward import FeedForward
 from .grouped_product import by_blocks, fp8_product, grouped_product
 from .linear import Linear, LowRank
 from .parameters import ParameterSpec
-from .quantization import LinearFormat, QuantizedProduct, rounded_product
+from .quantization import LinearFormat, QuantizedProduct, frozen_product
 from .quantization.fp8 import BLOCK
 from .sharding.expert_exchange import MAX_BUFFER_BYTES, at_their_experts
 from .sharding.layout import Layout
@@ -129,9 +129,8 @@ class Product:
         if self.stored is None:
             return x @ parts["weight"].T  # not an einsum, see grouped_product
         weight = self.stored.weight(parts)
-        if self.stored.activations != "none" and isinstance(weight, QuantizedProduct):
-            return rounded_product(weight, x)
-        return weight.product(x)
+        rounded = self.stored.activations != "none" and isinstance(weight, QuantizedProduct)
+        return frozen_product(weight, x, rounded=rounded)
 
 
 class ExpertLinear(Linear):

@@ -5,7 +5,7 @@ from .fp8 import Fp8BlockWeight, Fp8Weight
 from .int8 import Int8Weight
 from .nf4 import Nf4Weight
 from .nvfp4 import Nvfp4Weight
-from .weight import QuantizedProduct, QuantizedWeight, rounded_product
+from .weight import QuantizedProduct, QuantizedWeight, frozen_product
 
 __all__ = [
     "Fp8BlockWeight",
@@ -16,5 +16,5 @@ __all__ = [
     "Nvfp4Weight",
     "QuantizedProduct",
     "QuantizedWeight",
-    "rounded_product",
+    "frozen_product",
 ]

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
 from .rounding import even_and_odd, unpacked
-from .weight import contract, in_row_blocks, is_one_token, vector_product
+from .weight import contract, in_row_blocks, is_one_token, vector_product, written_out
 
 BLOCK = 64
 STEP = 8
@@ -85,7 +85,7 @@ def _of_rows(
         if is_one_token(x):
             sums += vector_product(columns.reshape(-1), values, spread).reshape(sums.shape)
         else:
-            sums += contract(columns, (values * spread).astype(x.dtype))
+            sums += contract(columns, written_out((values * spread).astype(x.dtype), columns))
     return sums
 
 

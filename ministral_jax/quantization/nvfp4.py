@@ -26,7 +26,7 @@ from .rounding import (
     to_e2m1,
     unpacked,
 )
-from .weight import contract, in_row_blocks, is_one_token, vector_product
+from .weight import contract, in_row_blocks, is_one_token, vector_product, written_out
 
 GROUP = 16
 
@@ -72,7 +72,7 @@ def _of_rows(
         if is_one_token(x):
             sums += vector_product(columns.reshape(-1), values, spread).reshape(sums.shape)
         else:
-            sums += contract(columns, (values * spread).astype(x.dtype))  # exact in 16 bits
+            sums += contract(columns, written_out((values * spread).astype(x.dtype), columns))  # exact in 16 bits
     return sums
 
 

@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 # Of the numbers that a product of several tokens is made of, on a GPU: a third of what an H200 caches.
 SET_BYTES = 16 * 2**20
 
+# From here on the product of a weight takes at least as long as writing and reading it in 16 bits, on v6e.
+MANY_TOKENS = 1024
+
 
 @runtime_checkable
 class QuantizedWeight(Protocol):
@@ -39,31 +42,49 @@ class QuantizedProduct(QuantizedWeight, Protocol):
         ...
 
 
-def rounded_product(weight: QuantizedProduct, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
-    """`weight.quantized_product(x)`, whose gradient is that of `weight.product(x)`.
+def frozen_product(weight: QuantizedWeight, x: Float[Array, "*T I"], *, rounded: bool) -> Float[Array, "*T O"]:
+    """`weight.product(x)`, or with `rounded` its `quantized_product(x)`. The gradient of both is that of the first.
 
-    Rounding has no slope, so that nothing would reach the layers below; it is passed by, as if it were not there
-    (straight-through, Bengio et al. 2013, arXiv 1308.3432). The weight itself has no gradient.
+    A weight in few bits has no gradient, and its values are made again for that of `x`: kept for the backward pass,
+    those of all layers would be the dense model. Rounding has no slope, so that nothing would reach the layers below;
+    it is passed by, as if it were not there (straight-through, Bengio et al. 2013, arXiv 1308.3432).
     """
     arrays, structure = jax.tree.flatten(weight)
-    return _rounded_product(structure, arrays, x)
+    return _frozen_product(structure, rounded, arrays, x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded_product(structure: Any, arrays: list[Array], x: Array) -> Array:
-    return jax.tree.unflatten(structure, arrays).quantized_product(x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _frozen_product(structure: Any, rounded: bool, arrays: list[Array], x: Array) -> Array:
+    weight = jax.tree.unflatten(structure, arrays)
+    return weight.quantized_product(x) if rounded else weight.product(x)
 
 
-def _rounded_forward(structure: Any, arrays: list[Array], x: Array) -> tuple[Array, tuple[list[Array], Array]]:
-    return _rounded_product(structure, arrays, x), (arrays, x)
+def _frozen_forward(
+    structure: Any, rounded: bool, arrays: list[Array], x: Array
+) -> tuple[Array, tuple[list[Array], Array]]:
+    return _frozen_product(structure, rounded, arrays, x), (arrays, x)
 
 
-def _rounded_backward(structure: Any, residuals: tuple[list[Array], Array], d_out: Array) -> tuple[None, Array]:
+def _frozen_backward(
+    structure: Any, rounded: bool, residuals: tuple[list[Array], Array], d_out: Array
+) -> tuple[None, Array]:
+    del rounded
     arrays, x = residuals
     return None, jax.vjp(jax.tree.unflatten(structure, arrays).product, x)[1](d_out)[0]
 
 
-_rounded_product.defvjp(_rounded_forward, _rounded_backward)
+_frozen_product.defvjp(_frozen_forward, _frozen_backward)
+
+
+def written_out(matrix: Float[Array, "O I"], x: Float[Array, "*T I"]) -> Float[Array, "O I"]:
+    """`matrix`, on a TPU with MANY_TOKENS an array of its own instead of a part of the product that it goes into.
+
+    Few bits would be decoded again for every tile of tokens there, and the compiler takes three times as long over such
+    a product as over decoding and multiplying apart.
+    """
+    if math.prod(x.shape[:-1]) < MANY_TOKENS:
+        return matrix
+    return lax.platform_dependent(matrix, tpu=lax.optimization_barrier, default=lambda matrix: matrix)
 
 
 def contract(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:

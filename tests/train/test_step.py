@@ -38,18 +38,23 @@ CONFIG = OptimizerConfig(learning_rate=0.1, steps=10, epsilon=1e-2, schedule="co
 
 def model_of(
     *, rank: int = 0, dropout: float = 0.0, windows: tuple[Window, ...] = (5, 5), layout: Layout | None = None,
-    dtype: Any = jnp.float32,
+    dtype: Any = jnp.float32, stored: LinearFormat | None = None,
 ) -> StackedTransformer:  # fmt: skip
     """Random, and the same on every layout; adapters not at their beginning, where half of them have no gradient."""
     config = tiny_config("ministral3", n_layers=len(windows), windows=windows)
-    model = StackedTransformer(Transformer(config, dtype, attention="reference", layout=layout))
+    layers = Transformer(config, dtype, attention="reference", layout=layout)
+    for projection in projections(layers).values() if stored else ():
+        assert stored is not None
+        projection.store_as(stored)
+    model = StackedTransformer(layers)
     if rank:
         attach_adapters(model, LoraConfig(rank=rank, dropout=dropout, targets=("wq", "w2")))
     rng = np.random.default_rng(0)
 
     def draw(name: str, spec: ParameterSpec) -> jax.Array:
         values = (spec.init == "ones") + 0.2 * rng.standard_normal(spec.shape)
-        return jax.device_put(values.astype(dtype), None if layout is None else layout.placement(name, spec))
+        values = values.astype(spec.dtype if spec.init == "stored" else dtype)
+        return jax.device_put(values, None if layout is None else layout.placement(name, spec))
 
     return fill(model, draw)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.compiled_loops import product_flops
+from ministral_jax.quantization import LinearFormat
 from ministral_jax.stacked import Remat
 from train.metrics import step_flops
 
@@ -15,10 +16,10 @@ RANK, LAYERS, VOCAB = 3, 2, 128
 DIM, HIDDEN, QUERIES, KEYS, HEADS, HEAD_DIM = 64, 96, 64, 32, 4, 16
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_step_has_the_products_of_its_formula_and_no_others(remat: Remat) -> None:
+@pytest.mark.parametrize(("remat", "stored"), [("none", None), ("full", None), ("full", LinearFormat("nf4"))])
+def test_a_step_has_the_products_of_its_formula_and_no_others(remat: Remat, stored: LinearFormat | None) -> None:
     """Adapters are on wq and w2. A block that is computed again ends before the last product, which nothing needs."""
-    model = model_of(rank=RANK)
+    model = model_of(rank=RANK, stored=stored)
     model.remat = remat
     tokens, again = ROWS * LENGTH, remat == "full"
     matrices = 2 * DIM * QUERIES + 2 * DIM * KEYS + 3 * DIM * HIDDEN
