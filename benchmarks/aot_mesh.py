@@ -25,40 +25,25 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
+from benchmarks.aot_programs import Kind, Row, config_of, stage
 from benchmarks.collective_traffic import Sent, traffic
-from infer.decoding import DecodeState, Ends, decode, decode_options, prefill
-from infer.sampling import SamplingParams, batch_arrays, batch_mode, start_history
-from ministral_jax.cache import PagedBatch, PagedCache, allocate_cache, plan_cache, pool_axes
-from ministral_jax.catalog import find
-from ministral_jax.config import ModelConfig
-from ministral_jax.lora import LoraConfig, attach
-from ministral_jax.memory import count_parameters
-from ministral_jax.parameters import fill
-from ministral_jax.sharding.layout import Layout, layout_for
-from ministral_jax.sharding.meshes import make_mesh
-from ministral_jax.stacked import StackedTransformer, pattern
-from ministral_jax.transformer import Transformer
+from infer.decoding import decode_options
 
 RESULTS = Path(__file__).parent / "results" / "aot_mesh.json"
-BFLOAT16 = jnp.dtype(jnp.bfloat16)
-PAGE, CHUNK = 64, 512
-Struct: Any = jax.ShapeDtypeStruct  # stands for arrays
 
 
 class Chip(NamedTuple):
-    """A device as its maker gives it: dense bfloat16 FLOP/s, bytes/s of memory, bytes/s to its peers, bytes."""
+    """A device as its maker gives it: dense bfloat16 FLOP/s, bytes/s of memory, bytes/s to its peers, usable bytes."""
 
     flops: float
     memory_rate: float
@@ -68,26 +53,10 @@ class Chip(NamedTuple):
 
 # Links: of a TPU all of one chip's, in one direction; of a GPU its NVLink, in one direction.
 CHIPS = {
-    "v5e": Chip(197e12, 819e9, 200e9, 16 * 2**30),
-    "v6e": Chip(918e12, 1640e9, 400e9, 32 * 2**30),
+    "v5e": Chip(197e12, 819e9, 200e9, 63 * 2**28),
+    "v6e": Chip(918e12, 1640e9, 400e9, 125 * 2**28),
     "h200": Chip(989e12, 4800e9, 450e9, 141 * 10**9),
 }
-TOPOLOGIES = {4: "2x2", 8: "2x4"}
-Kind = Literal["decode", "prefill", "train", "long"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One program: `batch` sequences of up to `length` tokens; for "train" and "long" exactly so many."""
-
-    name: str
-    kind: Kind
-    model: str
-    chip: str
-    devices: int
-    mesh: str
-    batch: int
-    length: int
 
 
 def _rows() -> tuple[Row, ...]:
@@ -106,159 +75,29 @@ def _rows() -> tuple[Row, ...]:
             rows.append(of(name=f"{name}-train", kind="train", mesh=f"fsdp={devices}", batch=devices, length=8192))
     for chip in ("v6e", "h200"):
         rows.append(Row(f"8b-{chip}-long", "long", models["8b"], chip, 8, "context=8", 1, 262144))
-    return tuple(rows)
+    return (*rows, *_expert_rows(), *_image_rows())
+
+
+def _expert_rows() -> Iterator[Row]:
+    """Mixtures of experts: Large 3 in the FP8 blocks that it is published in."""
+    large, mixtral = "mistral-large-3-675b-instruct-2512", "mixtral-8x7b-v0.1"
+    for name, model, chip, devices, mesh, batch in (
+        ("large3-v6e", large, "v6e", 64, "expert=8,tensor=8", 32),
+        ("large3-h200", large, "h200", 16, "expert=2,tensor=8", 32),
+        ("8x7b-v6e", mixtral, "v6e", 8, "expert=4,tensor=2", 8),
+    ):
+        yield Row(f"{name}-decode", "decode", model, chip, devices, mesh, batch, 32768)
+        yield Row(f"{name}-prefill", "prefill", model, chip, devices, mesh, batch, 32768)
+
+
+def _image_rows() -> Iterator[Row]:
+    kinds: tuple[Kind, ...] = ("tower", "prefill", "decode")
+    for kind in kinds:
+        name = f"14b-images-v6e-{kind}"
+        yield Row(name, kind, "ministral-3-14b-base-2512", "v6e", 4, "tensor=4", 8, 32768, images=True)
 
 
 ROWS = _rows()
-
-
-class Program(NamedTuple):
-    """A staged program, not compiled yet, and the FLOPs of one device."""
-
-    lowered: jax.stages.Lowered
-    flops: float
-
-
-def devices_of(row: Row) -> Sequence[Any]:
-    """The chips of a row, from their makers' descriptions."""
-    if row.chip == "h200":
-        from pallas_kernels.gpu.ahead_of_time import absent_gpus
-
-        return absent_gpus(row.devices)
-    from pallas_kernels.tpu.ahead_of_time import absent_slice
-
-    return absent_slice(f"{row.chip}:{TOPOLOGIES[row.devices]}")
-
-
-def config_of(row: Row, *, short: bool) -> ModelConfig:
-    """The text model in bfloat16, whole or its first two periods; a long prompt gets the context it needs."""
-    config = find(row.model).config
-    layers = 2 * pattern(config).period if short else config.n_layers
-    return dataclasses.replace(
-        config, n_layers=layers, windows=config.windows[:layers], quantization=None, vision=None,
-        max_length=max(config.max_length, row.length),
-    )  # fmt: skip
-
-
-def stage(row: Row, *, short: bool = False) -> Program:
-    """The program of a row, traced for its mesh."""
-    config = config_of(row, short=short)
-    layout = layout_for(config, make_mesh(row.mesh, devices_of(row)))
-    lowered, flops = {"decode": _decode, "prefill": _prefill, "train": _train, "long": _long}[row.kind](
-        row, config, layout
-    )
-    return Program(lowered, flops / row.devices)
-
-
-def _model(config: ModelConfig, layout: Layout) -> Transformer:
-    return nnx.eval_shape(lambda: Transformer(config, BFLOAT16, layout=layout))
-
-
-def _placed(model: nnx.Module, layout: Layout) -> Any:
-    """The model with shapes in the place of arrays, each where the layout puts it."""
-    return fill(model, lambda name, spec: Struct(spec.shape, spec.dtype, sharding=layout.placement(name, spec)))
-
-
-def _rows_of(layout: Layout, tree: Any, *axes: str) -> Any:
-    sharding = layout.sharding(("rows", *axes))
-    return jax.tree.map(lambda x: Struct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def _cache(row: Row, config: ModelConfig, layout: Layout) -> tuple[PagedCache, tuple[Any, ...]]:
-    """The pools and the page tables of the row's sequences."""
-    plan = plan_cache(
-        config, batch=row.batch // layout.ways("rows"), length=row.length, chunk=CHUNK, page_size=PAGE,
-        dtype=BFLOAT16, layout=layout,
-    )  # fmt: skip
-    cache = jax.eval_shape(lambda: allocate_cache(config, plan, BFLOAT16, layout))
-
-    def placed(pools: tuple[Any, ...]) -> tuple[Any, ...]:
-        shardings = [layout.sharding(pool_axes(config, window)) for window in config.windows]
-        return tuple(
-            None if x is None else Struct(x.shape, x.dtype, sharding=s) for x, s in zip(pools, shardings, strict=True)
-        )
-
-    cache = PagedCache(placed(cache.keys), placed(cache.values), cache.group_of_layer)
-    tables = tuple(_rows_of(layout, Struct((row.batch, plan.table_width), jnp.int32)) for _ in plan.groups)
-    return cache, tables
-
-
-def _decode(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
-    graph, weights = nnx.split(_placed(_model(config, layout), layout))
-    cache, tables = _cache(row, config, layout)
-    params = [SamplingParams()] * row.batch
-    mode = batch_mode(params)
-    history = jax.eval_shape(lambda: start_history([[0]] * row.batch, config.vocab_size, mode))
-    of_batch, active = Struct((row.batch,), jnp.int32), Struct((row.batch,), jnp.bool_)
-    rest = (
-        DecodeState(of_batch, of_batch, of_batch, active, history),
-        tables,
-        Ends(Struct((row.batch, 1), jnp.int32), of_batch),
-        jax.eval_shape(lambda: batch_arrays(params)),
-    )
-    arguments = (weights, cache, *_rows_of(layout, rest), Struct((), jnp.int32))
-    step = jax.jit(functools.partial(decode, graph, mode=mode), donate_argnums=(1, 2))
-    return step.lower(*arguments), row.batch * _token_flops(config, row.length)
-
-
-def _prefill(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
-    """A chunk of one sequence's prompt that ends at the last token it has room for."""
-    graph, weights = nnx.split(_placed(_model(config, layout), layout))
-    cache, tables = _cache(row, config, layout)
-    shards = layout.ways("rows")
-    ints = functools.partial(Struct, dtype=jnp.int32)
-    hidden, tokens, starts, of_batch = _rows_of(
-        layout, (Struct((row.batch, config.dim), BFLOAT16), ints((shards * CHUNK,)), ints((row.batch + shards,)),
-                 ints((row.batch,))),
-    )  # fmt: skip
-    step = jax.jit(functools.partial(prefill, graph), donate_argnums=(1, 2))
-    lowered = step.lower(weights, cache, hidden, tokens, PagedBatch(tables, starts, of_batch), of_batch)
-    return lowered, shards * CHUNK * _token_flops(config, row.length)
-
-
-def _long(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
-    """Hidden states of whole sequences, split over the context axis."""
-    graph, weights = nnx.split(_placed(_model(config, layout), layout))
-    axes = ("batch", "sequence")
-    tokens = Struct((row.batch, row.length), jnp.int32, sharding=layout.sharding(axes))
-    out = layout.sharding((*axes, "act_embed"))
-    step = jax.jit(lambda weights, tokens: nnx.merge(graph, weights).hidden(tokens), out_shardings=out)
-    return step.lower(weights, tokens), row.batch * row.length * _mean_flops(config, row.length)
-
-
-def _train(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
-    """LoRA of rank 16 on all projections over a frozen base, one packed row per device, inputs of blocks kept."""
-    from train.optimizer import Optimizer, OptimizerConfig
-    from train.step import TrainStep, trained_specs
-
-    model = Transformer(config, BFLOAT16, layout=layout)
-    attach(model, LoraConfig(rank=16, alpha=32))
-    stacked = StackedTransformer(model)
-    step = TrainStep(stacked, Optimizer(OptimizerConfig(learning_rate=1e-4, steps=100), trained_specs(stacked)))
-    state, batch = step.shapes(1, row.batch, row.length)
-    # Forward, again forward for what was not kept, and the gradient of activations: of weights there is none.
-    return step.lower(state, batch), 3 * row.batch * row.length * _mean_flops(config, row.length)
-
-
-def _token_flops(config: ModelConfig, length: int) -> float:
-    """Of one token at the end of `length`: 2 per weight that it passes and 4 H N per key that it sees."""
-    seen = sum(length if window is None else min(window, length) for window in config.windows)
-    return 2.0 * _weights(config) + 4.0 * config.head_dim * config.n_heads * seen
-
-
-def _mean_flops(config: ModelConfig, length: int) -> float:
-    """Of a token of a whole sequence, on average."""
-
-    def seen(window: int | None) -> float:
-        w = length if window is None else min(window, length)
-        return w - w * (w - 1) / (2 * length)
-
-    return 2.0 * _weights(config) + 4.0 * config.head_dim * config.n_heads * sum(map(seen, config.windows))
-
-
-def _weights(config: ModelConfig) -> int:
-    """Weights that a token is multiplied with: not the embeddings, of which it is a row."""
-    return count_parameters(config).active - config.vocab_size * config.dim
 
 
 def program_hash(lowered: jax.stages.Lowered) -> str:
@@ -277,7 +116,7 @@ def measure(row: Row, *, short: bool) -> dict[str, Any]:
     ended = time.perf_counter()
     memory: Any = compiled.memory_analysis()
     on_device = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    on_device += memory.temp_size_in_bytes
+    on_device += memory.temp_size_in_bytes + program.beside
     sent = traffic(compiled)
     chip = CHIPS[row.chip]
     floors = {
@@ -289,6 +128,7 @@ def measure(row: Row, *, short: bool) -> dict[str, Any]:
         **dataclasses.asdict(row),
         "layers": config_of(row, short=short).n_layers,
         "argument_bytes": memory.argument_size_in_bytes,
+        "beside_bytes": program.beside,
         "temporary_bytes": memory.temp_size_in_bytes,
         "device_bytes": on_device,
         "fits": on_device <= chip.memory,

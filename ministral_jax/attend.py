@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import flash_attention, paged_attention, write_pages
 from pallas_kernels.flash_attention import Implementation
@@ -24,25 +24,13 @@ from pallas_kernels.reference import token_positions
 from .attention import Attend
 from .cache import PagedBatch, PagedCache, pool_axes
 from .config import ModelConfig, Window
-from .errors import ShardingError
 from .sharding.context import context_flash_attention
 from .sharding.context_pages import context_paged_attention, own_page_table
-from .sharding.layout import Layout
+from .sharding.layout import Layout, sequence_axes
 
 KEYS = ("act_kv_heads", None)
 LATENTS = (None, None)  # one key for all heads, on every device that has any of them
 QUERIES = ("act_heads", None)
-
-
-def sequence_axes(shape: tuple[int, ...], layout: Layout | None) -> tuple[str | None, str | None]:
-    """Logical axes of tokens [B, T]. Sequences too few for the mesh are not split: every device computes them all."""
-    if layout is None:
-        return (None, None)
-    if shape[1] % layout.ways("sequence"):
-        raise ShardingError(
-            f"sequences of {shape[1]} tokens do not divide over context={layout.ways('sequence')}: pad them"
-        )
-    return ("batch" if shape[0] % layout.ways("batch") == 0 else None, "sequence")
 
 
 def causal_attend(
@@ -146,9 +134,20 @@ def _write_and_attend(
     options: dict[str, Any],
 ) -> tuple[Array, Array, Array | None]:
     """Attention of new tokens after writing them at `slots`; `where` is table, query starts and lengths."""
-    k_pages = write_pages(k_pages, k, slots)
+    q, k = _filled_up(q, k_pages), _filled_up(k, k_pages)
+    keys = write_pages(_with_heads(k_pages), k, slots)
     v_pages = None if v is None or v_pages is None else write_pages(v_pages, v, slots)
-    return paged_attention(q, k_pages, v_pages, *where, window=window, **options), k_pages, v_pages
+    return paged_attention(q, keys, v_pages, *where, window=window, **options), keys.reshape(k_pages.shape), v_pages
+
+
+def _with_heads(pool: Num[Array, "_ page *entry"]) -> Num[Array, "_ page K H"]:
+    """A pool as attention takes it: latents as one key head, the same bytes in the same order."""
+    return pool if pool.ndim == 4 else pool[:, :, None]
+
+
+def _filled_up(x: Float[Array, "T heads H"], pool: Num[Array, "_ page *entry"]) -> Float[Array, "T heads entry"]:
+    """Queries or keys with zeros behind them, as wide as the entries of the pool: products stay what they are."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, pool.shape[-1] - x.shape[-1])))
 
 
 def is_split(window: Window, layout: Layout) -> bool:
@@ -172,12 +171,13 @@ def _write_and_attend_split(
     sees on a shard is a run of tokens: exact, though the rows of a prompt's chunk read their keys one by one."""
     whole = own_page_table(table, lax.axis_index("context"), lax.axis_size("context"))
     slots = token_slots(whole, query_starts, lengths, q.shape[0], k_pages.shape[1], k_pages.shape[0])
-    k_pages = write_pages(k_pages, k, slots)
+    q, k = _filled_up(q, k_pages), _filled_up(k, k_pages)
+    keys = write_pages(_with_heads(k_pages), k, slots)
     v_pages = None if v is None or v_pages is None else write_pages(v_pages, v, slots)
     sequence, position = token_positions(query_starts, lengths, q.shape[0])
     rows = table[jnp.maximum(sequence, 0)]
-    out = context_paged_attention(q, k_pages, v_pages, rows, position + 1, axis_name="context", **options)
-    return out, k_pages, v_pages
+    out = context_paged_attention(q, keys, v_pages, rows, position + 1, axis_name="context", **options)
+    return out, keys.reshape(k_pages.shape), v_pages
 
 
 def _paged_on_mesh(

@@ -15,19 +15,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import target
 from pallas_kernels.paged_attention import token_slots
 from pallas_kernels.reference import token_positions
 
 from .config import ModelConfig, Window
 from .sharding.layout import Layout
 
+TPU_LANES = 128
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["group_of_layer"])
 @dataclass(frozen=True)
 class PagedCache:
-    """Pools of pages, one pair per layer; with latent attention one alone, of what keys and values are made from."""
+    """Pools of pages, one pair per layer; with latent attention one alone, of what keys and values are made from.
 
-    keys: tuple[Float[Array, "_ page K H"], ...]
+    An entry of that is a row of numbers, without an axis for heads.
+    """
+
+    keys: tuple[Float[Array, "_ page *entry"], ...]
     values: tuple[Float[Array, "_ page K H"] | None, ...]
     group_of_layer: tuple[int, ...]
 
@@ -138,6 +144,16 @@ def cached_numbers(config: ModelConfig) -> int:
     return 2 * config.n_kv_heads * config.head_dim
 
 
+def entry_numbers(config: ModelConfig, platform: str) -> int:
+    """`cached_numbers` as pools are allocated: a TPU keeps rows of 128 numbers, so latents are filled up to whole ones.
+
+    For another width the layout that a TPU gives to arguments is one that attention cannot read from, since it pads
+    less, and a call would copy every pool twice.
+    """
+    numbers = cached_numbers(config)
+    return -(-numbers // TPU_LANES) * TPU_LANES if config.latent and platform == "tpu" else numbers
+
+
 def plan_cache(
     config: ModelConfig,
     *,
@@ -147,9 +163,14 @@ def plan_cache(
     page_size: int,
     dtype: jnp.dtype,
     layout: Layout | None = None,
+    platform: str | None = None,
 ) -> CachePlan:
-    """The plan for `batch` sequences of up to `length` tokens, a data shard's; a null page is added to every pool."""
-    page_bytes = page_size * _kept_copies(config, layout) * cached_numbers(config) * jnp.dtype(dtype).itemsize
+    """The plan for `batch` sequences of up to `length` tokens, a data shard's; a null page is added to every pool.
+
+    `platform` is that of the devices, by default as the layout has it, or jax.
+    """
+    numbers = entry_numbers(config, platform or _platform(layout))
+    page_bytes = page_size * _kept_copies(config, layout) * numbers * jnp.dtype(dtype).itemsize
     groups = []
     for window, layers in config.window_groups:
         held = pages_held(length, window, chunk, page_size)
@@ -165,6 +186,11 @@ def _kept_copies(config: ModelConfig, layout: Layout | None) -> int:
     return 1 if layout is None or config.latent else max(1, layout.ways("act_kv_heads") // config.n_kv_heads)
 
 
+def _platform(layout: Layout | None) -> str:
+    """Of the devices that a cache is for."""
+    return (layout and layout.platform) or target().platform
+
+
 def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype, layout: Layout | None = None) -> PagedCache:
     """Pools as planned, on a mesh each device's part made where it stays. Their contents mean nothing until written."""
     group_of_layer = [0] * config.n_layers
@@ -172,7 +198,7 @@ def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype, layou
         for layer in group.layers:
             group_of_layer[layer] = i
     heads = config.n_kv_heads * _kept_copies(config, layout)
-    entry = (1, cached_numbers(config)) if config.latent else (heads, config.head_dim)
+    entry = (entry_numbers(config, _platform(layout)),) if config.latent else (heads, config.head_dim)
 
     def pool(layer: int) -> Array:
         group = plan.groups[group_of_layer[layer]]
@@ -189,6 +215,7 @@ def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype, layou
     )
 
 
-def pool_axes(config: ModelConfig, window: Window) -> tuple[str, None, str | None, None]:
+def pool_axes(config: ModelConfig, window: Window) -> tuple[str | None, ...]:
     """Logical axes of a pool. Only the pages of full attention are worth splitting over `context`."""
-    return ("pages" if window is not None else "split_pages", None, None if config.latent else "act_kv_heads", None)
+    pages = "pages" if window is not None else "split_pages"
+    return (pages, None, None) if config.latent else (pages, None, "act_kv_heads", None)

@@ -21,7 +21,7 @@ from pallas_kernels import grouped_matmul, grouped_matmul_fp8, has_grouped_kerne
 from pallas_kernels.dispatch import target
 from pallas_kernels.reference import in_a_group
 
-from .quantization import Fp8BlockWeight, rounded_product
+from .quantization import Fp8BlockWeight, frozen_product
 from .quantization.fp8 import BLOCK
 from .quantization.rounding import FP8_MAX, dynamic_scale, to_fp8
 
@@ -35,8 +35,9 @@ MAX_ROWS = 128
 READ_ONCE_ROWS = 16
 # Up to so many rows of an expert, one at a time are faster on a CPU than a block: 0.32 ms each, a block of 2 takes 1.6.
 CPU_SINGLE_ROWS = 5
-# Up to this many experts the loop has a branch for each, in which XLA reads that expert's matrices where they lie; more
-# branches compile too long, and a slice at a computed index is copied first (on a CPU 3 times the time of one token).
+# On a CPU the loop has a branch for each of up to this many experts, in which XLA reads that expert's matrices where
+# they lie; more branches compile too long, and a slice at a computed index is copied first (3 times the time of one
+# token). On a TPU XLA reads such a slice where it lies, and 16 branches compile 16 times as long.
 MAX_BRANCHES = 16
 
 
@@ -66,7 +67,7 @@ def fp8_product(
     scale: Float[Array, "E row_blocks column_blocks"],
     group_sizes: Int[Array, "E"],
 ) -> Float[Array, "M O"]:
-    """`rounded_product` of all experts by a kernel, of bfloat16 rows. Its gradient is by_blocks's."""
+    """`frozen_product` of all experts, activations rounded, by a kernel, of bfloat16 rows. Its gradient is by_blocks's."""
     columns = x.reshape(len(x), -1, BLOCK)
     x_scale = dynamic_scale(columns, FP8_MAX)  # [M, blocks, 1]
     rows = to_fp8(columns, x_scale).reshape(x.shape)
@@ -81,7 +82,7 @@ def _fp8_backward(kept: Any, d_out: Array) -> tuple[Array, None, None, None]:
     x, payload, scale, group_sizes = kept
 
     def of_one(_: Any, frozen: Any, rows: Array) -> Array:
-        return rounded_product(Fp8BlockWeight(*frozen), rows)
+        return frozen_product(Fp8BlockWeight(*frozen), rows, rounded=True)
 
     pull = jax.vjp(lambda x: by_blocks(of_one, None, (payload, scale), x, group_sizes), x)[1]
     return pull(d_out)[0], None, None, None
@@ -193,7 +194,7 @@ class _Blocks(NamedTuple):
 def _branch(function: Callable[..., Any], weights: Any, expert: Int[Array, ""], *operands: Array) -> Any:
     """`function(*weights of the expert, *operands)`."""
     n_experts = len(jax.tree.leaves(weights)[0])
-    if n_experts > MAX_BRANCHES:
+    if n_experts > MAX_BRANCHES or target().platform == "tpu":
         return function(*_expert(weights, expert), *operands)
     branches = [functools.partial(lambda e, *rest: function(*_expert(weights, e), *rest), e) for e in range(n_experts)]
     return lax.switch(expert, branches, *operands)

@@ -17,7 +17,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .parameters import ParameterSpec
-from .quantization import LinearFormat, QuantizedProduct, QuantizedWeight, frozen_product
+from .quantization import LinearFormat, QuantizedWeight
+from .sharding.block_products import goes_by_blocks, product_by_blocks
+from .sharding.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class DropoutKey(nnx.Variable):
 class Linear(nnx.Module):
     """`x @ weight.T` without bias; `axes` are the logical axes of (out, in). Built dense; `store_as` changes that.
 
+    On a mesh, XLA derives how products are split, but for formats that go block by block: for these `layout` says it.
+
     With an adapter, `+ scale * B A x` (Hu et al. 2021, arXiv 2106.09685, section 4.1).
     """
 
@@ -46,6 +50,7 @@ class Linear(nnx.Module):
         self.shape = (n_out, n_in)
         self.axes = axes
         self.stored: LinearFormat | None = None
+        self.layout: Layout | None = None
         self.adapter: LowRank | None = None
         self.dropout_key: DropoutKey | None = nnx.data(None)
         self.weight = ParameterSpec(self.shape, axes, dtype).placeholder()
@@ -73,7 +78,7 @@ class Linear(nnx.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """The payload and scales of a projection that is not dense, as one weight."""
         assert self.stored is not None, "this projection is dense"
-        return self.stored.weight({name: getattr(self, name)[...] for name in self.stored.parts(*self.shape)})
+        return self.stored.weight(self._parts(self.stored))
 
     def matrix(self, dtype: DTypeLike) -> Float[Array, "O I"]:
         """What the projection multiplies by, whole and dense, any adapter included."""
@@ -93,9 +98,13 @@ class Linear(nnx.Module):
     def _product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         if self.stored is None:
             return jnp.einsum("...I,OI->...O", x, self.weight[...])
-        weight = self.quantized_weight()
-        rounded = self.stored.activations != "none" and isinstance(weight, QuantizedProduct)
-        return frozen_product(weight, x, rounded=rounded)
+        parts = self._parts(self.stored)
+        if self.layout is not None and goes_by_blocks(self.stored):
+            return product_by_blocks(self.stored, parts, x, self.shape, self.axes, self.layout)
+        return self.stored.product(parts, x)
+
+    def _parts(self, stored: LinearFormat) -> dict[str, Array]:
+        return {name: getattr(self, name)[...] for name in stored.parts(*self.shape)}
 
     def _dropped(self, x: Float[Array, "*T I"]) -> Float[Array, "*T I"]:
         """`x` with a random share of its numbers zero and the others larger for it, where there is a key."""

@@ -20,16 +20,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import has_grouped_fp8_kernel, has_grouped_kernel
 
-from .attend import sequence_axes
 from .config import ModelConfig, MoEConfig
 from .feed_forward import FeedForward
 from .grouped_product import by_blocks, fp8_product, grouped_product
 from .linear import Linear, LowRank
 from .parameters import ParameterSpec
-from .quantization import LinearFormat, QuantizedProduct, frozen_product
+from .quantization import LinearFormat
 from .quantization.fp8 import BLOCK
 from .sharding.expert_exchange import MAX_BUFFER_BYTES, at_their_experts
-from .sharding.layout import Layout
+from .sharding.layout import Layout, token_axes
 
 Parts = Mapping[str, Array]
 # Of w1, w2 and w3: what gradients exist for, and what is frozen.
@@ -128,9 +127,7 @@ class Product:
     def _base(self, parts: Parts, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         if self.stored is None:
             return x @ parts["weight"].T  # not an einsum, see grouped_product
-        weight = self.stored.weight(parts)
-        rounded = self.stored.activations != "none" and isinstance(weight, QuantizedProduct)
-        return frozen_product(weight, x, rounded=rounded)
+        return self.stored.product(parts, x)
 
 
 class ExpertLinear(Linear):
@@ -281,7 +278,7 @@ class MoE(nnx.Module):
         Tokens that are split along `expert` travel to their experts and back. Where they are not, each device has them
         all and answers for its own experts; the answers are added.
         """
-        axes = ("rows",) if x.ndim == 2 else sequence_axes(x.shape[:2], layout)
+        axes = token_axes(x.shape[:-1], layout)
         ways, experts_along = layout.ways("expert"), layout.along("expert")
         travels = ways > 1 and set(experts_along) <= set(layout.along(axes[0]) if axes[0] else ())
         split_hidden = self._hidden_divides(layout)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention import Implementation
 
-from .attend import causal_attend, sequence_axes
+from .attend import causal_attend
 from .attention import Attend, Rotation
 from .config import ModelConfig
 from .errors import ConfigError
@@ -26,6 +26,7 @@ from .linear import projections
 from .lora import LoraConfig, attach
 from .parameters import parameter_specs
 from .sharding.collectives import gathered
+from .sharding.layout import sequence_axes
 from .transformer import Block, Embedding, Transformer
 
 Remat = Literal["none", "full", "dots"]

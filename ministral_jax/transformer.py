@@ -15,17 +15,18 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.flash_attention import Implementation
 from pallas_kernels.paged_attention import Implementation as PagedImplementation
 
-from .attend import causal_attend, packed_positions, paged_attend, sequence_axes
+from .attend import causal_attend, packed_positions, paged_attend
 from .attention import Attend, Attention, Memory, Rotation
 from .cache import PagedBatch, PagedCache
 from .config import ModelConfig
 from .feed_forward import FeedForward
 from .latent_attention import LatentAttention
+from .linear import projections
 from .moe import MoE
 from .norm import RMSNorm
 from .parameters import ParameterSpec
 from .sharding.collectives import gathered, lookup
-from .sharding.layout import Layout
+from .sharding.layout import Layout, sequence_axes
 from .vision import VisionEncoder
 from .vision_adapter import ImageRows, PatchMerger, Vision, VisionLanguageAdapter
 
@@ -88,6 +89,8 @@ class Transformer(nnx.Module):
         self.paged_implementation: PagedImplementation = "auto" if attention == "cudnn" else attention
         self.tok_embeddings = Embedding(config.vocab_size, config.dim, dtype)
         self.layers = nnx.List([Block(config, dtype, layer, layout) for layer in range(config.n_layers)])
+        for linear in projections(self.layers).values():
+            linear.layout = layout
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.output = None if config.tied_embeddings else Embedding(config.vocab_size, config.dim, dtype)
         vision = config.vision

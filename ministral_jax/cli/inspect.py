@@ -154,7 +154,7 @@ def _plan_mesh(arguments: argparse.Namespace, config: ModelConfig, dtype: str, c
     if arguments.mesh is None:
         return None
     from ..sharding.meshes import parse_mesh
-    from ..sharding.plan import abstract_layout, parse_memory, plan_sharding
+    from ..sharding.plan import abstract_layout, parse_memory, plan_sharding, platform_of
 
     memory = None if arguments.device_memory is None else parse_memory(arguments.device_memory)
     if arguments.mesh == "auto":
@@ -167,8 +167,9 @@ def _plan_mesh(arguments: argparse.Namespace, config: ModelConfig, dtype: str, c
         sizes = parse_mesh(arguments.mesh)
     layout = abstract_layout(config, sizes, arguments.rules)
     plan = plan_sharding(
-        config, layout, dtype=dtype, cache_dtype=cache_dtype, batch=arguments.batch, length=arguments.context
-    )
+        config, layout, dtype=dtype, cache_dtype=cache_dtype, batch=arguments.batch, length=arguments.context,
+        platform=platform_of(arguments.device_memory),
+    )  # fmt: skip
     return MeshPlan(plan, memory if memory is not None else detected_memory())
 
 

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ..config import QuantizationFormat
 from ..parameters import ParameterSpec
 from . import nf4, nvfp4
-from .fp8 import Fp8BlockWeight, Fp8Weight, blocks
+from .fp8 import BLOCK, Fp8BlockWeight, Fp8Weight, blocks
 from .int8 import Int8Weight
 from .nf4 import Nf4Weight
 from .nvfp4 import Nvfp4Weight
 from .rounding import FP8
-from .weight import QuantizedWeight
+from .weight import QuantizedProduct, QuantizedWeight, frozen_product
 
 ROWS_AND_COLUMNS, ROWS, NOTHING = (0, 1), (0,), ()
 
@@ -56,6 +56,17 @@ class LinearFormat:
             name: ParameterSpec(part.shape, tuple(axes[axis] for axis in part.axes), part.dtype, "stored")
             for name, part in self.parts(n_out, n_in).items()
         }
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a matrix that have a scale together, so that nothing can be cut within them."""
+        return _BLOCKS.get(self.format, (1, 1))
+
+    def product(self, parts: Mapping[str, Array], x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
+        """`x @ W.T` of the matrix made of these arrays, activations rounded or not as the format says."""
+        weight = self.weight(parts)
+        rounded = self.activations != "none" and isinstance(weight, QuantizedProduct)
+        return frozen_product(weight, x, rounded=rounded)
 
     def weight(self, parts: Mapping[str, Array]) -> QuantizedWeight:
         """The weight made of these arrays."""
@@ -126,6 +137,8 @@ _PARTS = {
     "nvfp4": _nvfp4,
     "nf4": _nf4,
 }
+
+_BLOCKS = {"fp8_block": (BLOCK, BLOCK), "nvfp4": (1, nvfp4.GROUP), "nf4": (1, nf4.BLOCK)}
 
 # What the columns of a matrix must be a multiple of.
 COLUMNS = {"nvfp4": nvfp4.GROUP, "nf4": 2}

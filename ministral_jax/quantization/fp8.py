@@ -7,6 +7,7 @@ their scale, clamped to +-448 and rounded to e4m3. A scale for them is given by 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -16,12 +17,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import target
+
 from .rounding import FP8_MAX, dynamic_scale, to_fp8
 from .weight import contract, vector_product
 
 BLOCK = 128
-# What one token is filled up to on a TPU: a tile of rows in bfloat16.
-TPU_TOKENS = 16
 # Partial sums of all groups of columns are held at once up to this size; beyond it the groups are gone through in turn.
 MAX_PARTIAL_BYTES = 64 * 2**20
 
@@ -69,22 +70,35 @@ class Fp8BlockWeight:
 
     def product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`x @ W.T` with activations as they are; the scales multiply float32 sums over 128 columns."""
-        columns, weights = self._groups(x)
-        return self._sums(columns, weights, None).astype(x.dtype).reshape(*x.shape[:-1], -1)
+        return self._product(x, rounded=False)
 
     def quantized_product(self, x: Float[Array, "*T I"]) -> Float[Array, "*T O"]:
         """`q(x) @ W.T`: 128 columns at a time, each token's group in e4m3 with its own scale, sums in float32."""
-        columns, weights = self._groups(x)
-        x_scale = dynamic_scale(columns, FP8_MAX)  # [G, T, 1]
-        sums = self._sums(to_fp8(columns, x_scale), weights, x_scale)  # [T, O]
+        return self._product(x, rounded=True)
+
+    def _product(self, x: Float[Array, "*T I"], *, rounded: bool) -> Float[Array, "*T O"]:
+        rows = x.reshape(-1, x.shape[-1])
+        whole = all(size % BLOCK == 0 for size in self.payload.shape) and x.dtype in (jnp.bfloat16, jnp.float32)
+        if whole and target().platform == "tpu":
+            sums: Array = _by_kernel(rows, self.payload, self.scale, rounded)  # pyright: ignore[reportAssignmentType]
+        else:
+            sums = self.by_groups(rows, rounded)
         return sums.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
-    def _groups(self, x: Float[Array, "*T I"]) -> tuple[Float[Array, "G tokens 128"], Float[Array, "O G 128"]]:
+    def by_groups(self, x: Float[Array, "tokens I"], rounded: bool) -> Float[Array, "tokens O"]:
+        """The product in float32 as XLA computes it."""
+        columns, weights = self._groups(x)
+        if not rounded:
+            return self._sums(columns, weights, None)
+        x_scale = dynamic_scale(columns, FP8_MAX)  # [G, T, 1]
+        return self._sums(to_fp8(columns, x_scale), weights, x_scale)
+
+    def _groups(self, x: Float[Array, "tokens I"]) -> tuple[Float[Array, "G tokens 128"], Float[Array, "O G 128"]]:
         """Activations and payload in groups of 128 columns, the last one filled up with zeros."""
         n_out, n_in = self.payload.shape
         groups = self.scale.shape[1]
         filling = ((0, 0), (0, groups * BLOCK - n_in))
-        columns = jnp.pad(x.reshape(-1, n_in), filling).reshape(-1, groups, BLOCK).swapaxes(0, 1)
+        columns = jnp.pad(x, filling).reshape(-1, groups, BLOCK).swapaxes(0, 1)
         return columns, jnp.pad(self.payload, filling).reshape(n_out, groups, BLOCK)
 
     def _sums(
@@ -97,7 +111,9 @@ class Fp8BlockWeight:
         (groups, tokens, _), n_out = columns.shape, len(weights)
         row_scale = jnp.repeat(self.scale, BLOCK, axis=0)[:n_out]  # [O, G]
         if tokens == 1:
-            return self._of_one_token(columns, weights, row_scale, x_scale)
+            scale = row_scale if x_scale is None else row_scale * x_scale[:, 0, 0]
+            spread = jnp.repeat(scale, BLOCK, axis=1)  # [O, I]
+            return vector_product(columns.reshape(-1), weights.reshape(n_out, -1), spread)[None]
 
         def scaled(part: Array, g: Array | slice) -> Array:
             part = part * row_scale.T[g, None, :]
@@ -114,26 +130,36 @@ class Fp8BlockWeight:
 
         return lax.scan(group, jnp.zeros((tokens, n_out), jnp.float32), jnp.arange(groups))[0]
 
-    def _of_one_token(
-        self,
-        columns: Float[Array, "G 1 128"],
-        weights: Float[Array, "O G 128"],
-        row_scale: Float[Array, "O G"],
-        x_scale: Float[Array, "G 1 1"] | None,
-    ) -> Float[Array, "1 O"]:
-        """As a sum of products; but on a TPU XLA writes the matrix for that, and not for products of 16 tokens."""
 
-        def alone() -> Array:
-            scale = row_scale if x_scale is None else row_scale * x_scale[:, 0, 0]
-            spread = jnp.repeat(scale, BLOCK, axis=1)  # [O, I]
-            return vector_product(columns.reshape(-1), weights.reshape(len(weights), -1), spread)[None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_kernel(
+    x: Float[Array, "tokens I"],
+    payload: Float[Array, "O I"],
+    scale: Float[Array, "row_blocks column_blocks"],
+    rounded: bool,
+) -> Float[Array, "tokens O"]:
+    """`Fp8BlockWeight.by_groups` on a TPU, where XLA would copy the matrix first. Differentiable in `x`, by that."""
+    from pallas_kernels.tpu.block_product import block_product
 
-        def among_zeros() -> Array:
-            others = ((0, 0), (0, TPU_TOKENS - 1), (0, 0))
-            scales = None if x_scale is None else jnp.pad(x_scale, others)
-            return self._sums(jnp.pad(columns, others), weights, scales)[:1]
+    if not rounded:
+        return block_product(x, None, payload, scale)
+    groups = x.reshape(len(x), -1, BLOCK)
+    x_scale = dynamic_scale(groups, FP8_MAX)  # [T, G, 1]
+    numbers = to_fp8(groups, x_scale).reshape(x.shape).astype(x.dtype)
+    return block_product(numbers, x_scale[:, :, 0], payload, scale)
 
-        return lax.platform_dependent(tpu=among_zeros, default=alone)
+
+def _forward(x: Array, payload: Array, scale: Array, rounded: bool) -> tuple[Array, tuple[Array, ...]]:
+    return _by_kernel(x, payload, scale, rounded), (x, payload, scale)
+
+
+def _backward(rounded: bool, kept: tuple[Array, ...], d_sums: Array) -> tuple[Array, None, None]:
+    x, payload, scale = kept
+    weight = Fp8BlockWeight(payload, scale)
+    return jax.vjp(lambda x: weight.by_groups(x, rounded), x)[1](d_sums)[0], None, None
+
+
+_by_kernel.defvjp(_forward, _backward)
 
 
 def blocks(size: int) -> int:

@@ -33,6 +33,11 @@ class Layout:
         """Mesh axis -> how many devices lie along it."""
         return dict(self.mesh.shape)
 
+    @property
+    def platform(self) -> str | None:
+        """Of the devices of the mesh; None where it has none yet."""
+        return None if isinstance(self.mesh, AbstractMesh) else self.mesh.devices.flat[0].platform
+
     def ways(self, logical: str) -> int:
         """Into how many parts a logical axis is split."""
         return math.prod(self.sizes[axis] for axis in self.along(logical))
@@ -82,6 +87,22 @@ def weight_axes(spec: ParameterSpec, layout: Layout) -> tuple[str | None, ...]:
     return tuple(
         axis if size % layout.ways(axis) == 0 else None for axis, size in zip(spec.axes, spec.shape, strict=True)
     )
+
+
+def sequence_axes(shape: tuple[int, ...], layout: Layout | None) -> tuple[str | None, str | None]:
+    """Logical axes of tokens [B, T]. Sequences too few for the mesh are not split: every device computes them all."""
+    if layout is None:
+        return (None, None)
+    if shape[1] % layout.ways("sequence"):
+        raise ShardingError(
+            f"sequences of {shape[1]} tokens do not divide over context={layout.ways('sequence')}: pad them"
+        )
+    return ("batch" if shape[0] % layout.ways("batch") == 0 else None, "sequence")
+
+
+def token_axes(shape: tuple[int, ...], layout: Layout) -> tuple[str | None, ...]:
+    """Logical axes of tokens, packed [T] or in sequences [B, T]."""
+    return ("rows",) if len(shape) == 1 else sequence_axes(shape, layout)
 
 
 def layout_for(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Rules | str = "all") -> Layout:

@@ -101,22 +101,24 @@ def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
 
 
 def default_sizes(config: ModelConfig, n_devices: int, *, training: bool = False) -> Sizes:
-    """A sensible mesh for a model: experts apart where it has them; else `fsdp` to train and `tensor` to generate.
+    """A sensible mesh for a model: to generate, `tensor`, then experts apart where it has them; to train, experts
+    apart, then `fsdp`.
 
     `tensor` is the largest divisor of the devices, up to LARGEST_TENSOR, over which heads and widths divide without
-    repeating key heads; what is left goes to `fsdp` in training, which it makes lighter, and to `data` otherwise.
+    repeating key heads: a step waits for the memory of all devices, however few its tokens are. What is left goes to
+    `fsdp` in training, which it makes lighter, and to `data` otherwise.
     """
     sizes = dict.fromkeys(MESH_AXES, 1)
     left = n_devices
-    if config.moe is not None:
-        sizes["expert"] = math.gcd(left, config.moe.n_experts)
-        left //= sizes["expert"]
     if not training:
         keys = config.n_heads if config.latent else config.n_kv_heads
         common = math.gcd(config.n_heads, keys, config.hidden_dim, config.vocab_size, left)
         sizes["tensor"] = max(t for t in range(1, min(common, LARGEST_TENSOR) + 1) if common % t == 0)
         left //= sizes["tensor"]
-    elif config.dim % (left * sizes["expert"]) == 0:
+    if config.moe is not None:
+        sizes["expert"] = math.gcd(left, config.moe.n_experts)
+        left //= sizes["expert"]
+    if training and config.dim % left == 0:
         sizes["fsdp"], left = left, 1
     sizes["data"] = left
     return sizes

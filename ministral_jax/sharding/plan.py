@@ -39,8 +39,11 @@ DEVICE_MEMORY: Mapping[str, int] = {
     "b200": 180,
     "rtx4090": 24,
 }
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 # What weights and cache may take of it: programs, activations and what the runtime keeps have to go somewhere.
 USABLE = 0.9
+# Projections of the decoder that no published file quantises.
+NEVER_QUANTIZED = ("wq_a", "wkv_a_with_mqa")
 
 
 @dataclass(frozen=True)
@@ -112,20 +115,21 @@ def plan_sharding(
     length: int | None = None,
     chunk: int = 512,
     page_size: int = 64,
+    platform: str | None = None,
 ) -> ShardingPlan:
     """Where every parameter lies and what it takes, with the cache of `batch` sequences of `length` tokens.
 
-    Projections are planned in the config's quantised format where it has one. Raises ShardingError for a parameter
-    that does not divide.
+    Projections are planned in the config's quantised format where it has one, and the cache as devices of `platform`
+    keep it, by default those that are here. Raises ShardingError for a parameter that does not divide.
     """
     length = config.max_length if length is None else length
     rows: dict[ParameterPlan, int] = {}
-    for name, spec in parameter_specs(_abstract_model(config, dtype)).items():
+    for name, spec in parameter_specs(planned_model(config, dtype)).items():
         row = _plan_parameter(name, spec, layout)
         rows[row] = rows.get(row, 0) + 1
     cache = plan_cache(
         config, batch=-(-batch // layout.ways("rows")), length=length, chunk=chunk, page_size=page_size,
-        dtype=jnp.dtype(cache_dtype), layout=layout,
+        dtype=jnp.dtype(cache_dtype), layout=layout, platform=platform,
     )  # fmt: skip
     return ShardingPlan(
         mesh=show_mesh(layout.sizes),
@@ -138,12 +142,16 @@ def plan_sharding(
     )
 
 
-def _abstract_model(config: ModelConfig, dtype: DTypeLike) -> Transformer:
-    model = Transformer(config, dtype)
+def planned_model(config: ModelConfig, dtype: DTypeLike, layout: Layout | None = None) -> Transformer:
+    """The model, abstract, with its projections stored as published files of the config's format have them.
+
+    Embeddings, head, routers, what reads images, and the matrices that go down to a latent are in `dtype`.
+    """
+    model = Transformer(config, dtype, layout=layout)
     if config.quantization:
         stored = LinearFormat(config.quantization.format, config.quantization.activations)
         for name, linear in projections(model).items():
-            if name.startswith("layers."):
+            if name.startswith("layers.") and name.rpartition(".")[2] not in NEVER_QUANTIZED:
                 linear.store_as(stored)
     return model
 
@@ -177,3 +185,10 @@ def parse_memory(text: str) -> int:
             f"device memory {text[:40]!r}: expected a size such as 16GB or one of {', '.join(DEVICE_MEMORY)}"
         )
     return DEVICE_MEMORY[text.lower()] * GIB
+
+
+def platform_of(memory: str | None) -> str | None:
+    """What kind of device a name in DEVICE_MEMORY is; None for a size or no word."""
+    if memory is None or memory.lower() not in DEVICE_MEMORY:
+        return None
+    return "tpu" if memory.lower() in TPUS else "gpu"

@@ -59,10 +59,11 @@ def _sequences(*along: str) -> dict[str, tuple[str, ...]]:
 
 
 _DATA = _sequences("data", "fsdp")
+# Outside the experts' layers these devices have sequences of their own and the same weights: a decode step that had to
+# gather those would wait longer for them than for the experts.
 _EXPERT = {
     "expert": ("expert",),
     "act_expert": ("expert",),
-    "embed": ("fsdp", "expert"),
     **_sequences("data", "fsdp", "expert"),
 }
 _CONTEXT = {
@@ -77,7 +78,7 @@ _ALL = {
     **_FSDP,
     **_EXPERT,
     **_CONTEXT,
-    "embed": ("fsdp", "context", "expert"),
+    "embed": ("fsdp", "context"),
     "split_pages": ("data", "fsdp", "expert", "context"),
 }
 

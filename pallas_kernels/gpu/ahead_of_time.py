@@ -47,12 +47,11 @@ def absent_gpu() -> AbsentGpu:
     )
 
 
-def absent_gpus(count: int) -> list[Any]:
-    """So many H200 of one host, to make a mesh of; with the compiler found for whoever compiles for them."""
+def absent_gpus(count: int, hosts: int = 1) -> list[Any]:
+    """So many H200, as many on each host, to make a mesh of; with the compiler found for whoever compiles for them."""
     put_compiler_on_path()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=H200
-    )
+    shape = f"1x{hosts}x{count // hosts}"
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", topology=shape, target_config=H200)
     return list(topology.devices)
 
 

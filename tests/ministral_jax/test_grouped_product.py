@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ministral_jax import grouped_product as grouped_product_module
 from ministral_jax.grouped_product import MAX_BRANCHES, by_blocks, fp8_product, grouped_product, rows_per_block
-from ministral_jax.quantization import Fp8BlockWeight, rounded_product
+from ministral_jax.quantization import Fp8BlockWeight, frozen_product
 from pallas_kernels import grouped_matmul_fp8
 
 from .paged_runner import QUICK
@@ -127,7 +127,7 @@ def test_fp8_blocks_by_the_kernel_are_the_product_of_one_expert_after_the_other(
     scale = jnp.asarray(np.exp(rng.normal(size=(4, 1, 2))), jnp.float32)
 
     def one(_: Any, frozen: Any, rows: Any) -> Any:
-        return rounded_product(Fp8BlockWeight(*frozen), rows)
+        return frozen_product(Fp8BlockWeight(*frozen), rows, rounded=True)
 
     def both(product: Any, x: Any) -> Any:
         out, pull = jax.vjp(product, x)

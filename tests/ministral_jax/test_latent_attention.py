@@ -30,6 +30,7 @@ from ministral_jax.memory import plan_memory
 from ministral_jax.parameters import fill, initialize, parameter_specs, parameters
 from ministral_jax.stacked import StackedTransformer
 from ministral_jax.transformer import Transformer
+from pallas_kernels.dispatch import Target
 
 from .paged_runner import PagedRunner, jitted
 
@@ -189,6 +190,15 @@ def test_a_token_costs_the_cache_its_latent_and_one_rotated_key() -> None:
     assert cache.values == (None,) * 3
     large = find("mistral-large-3-675b-base-2512").config
     assert plan_memory(large, length=64, page_size=64).cache_bytes == 61 * 576 * 2 * 2 * 64  # and a null page
+
+
+def test_entries_filled_up_for_a_tpu_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 128 numbers for 20 that are kept; what lies behind them was NaN before it was written."""
+    monkeypatch.setattr("ministral_jax.cache.target", lambda: Target("tpu", "TPU v6 lite"))
+    wide = PagedRunner(model(), batch=3, rows=ROWS, length=LENGTH, page_size=4)
+    assert wide.plan.n_bytes == 128 * runner().plan.n_bytes // 20
+    sequences = random_sequences([LENGTH, 20, 5])
+    assert_same(wide.run(sequences, [(9, 5, 1)] * 6), scored(sequences))
 
 
 @pytest.mark.long

@@ -1,5 +1,7 @@
 """Weights and products of every format against float64 numpy: weights to the bit, products to 1e-5 of their range."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from ministral_jax.quantization import LinearFormat, QuantizedProduct, fp8
 from ministral_jax.quantization import weight as weight_module
 from ministral_jax.quantization.nvfp4 import nvfp4_rounded
 from ministral_jax.quantization.rounding import divided, e2m1_values, to_e2m1, unpacked
+from pallas_kernels.dispatch import Target
+from pallas_kernels.tpu import block_product
 from tests.quantized_files import CASES, E4M3, encode, nearest_e2m1, rounded_activations, unpack, values
 
 SHAPES = ((24, 48), (160, 272))
@@ -90,16 +94,6 @@ def test_one_token_decodes_to_what_many_give(case, shape):
         assert worst(weight.quantized_product(x[3]), rounded[3]) < 1e-6
 
 
-def test_one_token_among_zeros_is_the_same(monkeypatch):
-    _, weight, _ = drawn(CASES[7], (160, 272))
-    x = jnp.asarray(tokens((160, 272)))[:1]
-    alone = [np.asarray(product(x), np.float64) for product in (weight.product, weight.quantized_product)]
-    monkeypatch.setattr(fp8.lax, "platform_dependent", lambda *, tpu, default: tpu())
-    among = [product(x) for product in (weight.product, weight.quantized_product)]
-    assert among[0].shape == (1, 160)
-    assert max(map(worst, among, alone)) < 1e-6
-
-
 def test_groups_gone_through_in_turn_give_what_all_at_once_give(monkeypatch):
     _, weight, _ = drawn(("fp8_block", "dynamic", "hf"), (160, 272))
     x = jnp.asarray(tokens((160, 272)).reshape(2, 3, 272))
@@ -176,3 +170,21 @@ def test_sets_of_rows_one_after_the_other_give_the_product_of_all(case, monkeypa
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-3)
     assert "f32[48,32]" not in str(jax.make_jaxpr(product)(x))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_blocks_of_fp8_on_a_tpu_are_those_anywhere(rounded, monkeypatch):
+    """The kernel, interpreted, and its gradient; bfloat16 holds e4m3 numbers exactly."""
+    _, weight, _ = drawn(("fp8_block", "dynamic", "hf"), (256, 384))
+    product = weight.quantized_product if rounded else weight.product
+    x = jnp.asarray(tokens((256, 384)).reshape(2, 3, 384))
+    expected, pull = jax.vjp(product, x)
+    in_bfloat16 = product(x.astype(jnp.bfloat16))
+    kernel = functools.partial(block_product.block_product, interpret=True)
+    monkeypatch.setattr(block_product, "block_product", kernel)
+    monkeypatch.setattr(fp8, "target", lambda: Target("tpu", "TPU v6 lite"))
+    found, pull_of_kernel = jax.vjp(product, x)
+    assert worst(found, np.asarray(expected, np.float64)) < 1e-6
+    np.testing.assert_array_equal(pull_of_kernel(expected)[0], pull(expected)[0])
+    again = product(x.astype(jnp.bfloat16)).astype(jnp.float32)
+    assert worst(again, np.asarray(in_bfloat16, np.float64)) < 5e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import jax
@@ -99,3 +100,63 @@ def test_inspect_refuses_a_mesh_in_one_line(mesh, reason, capsys):
     said = capsys.readouterr()
     assert reason in said.err
     assert said.err.count("\n") == 1
+
+
+def on_one_device(sizes: dict[str, int], *, expert: int, tensor: int) -> float:
+    """Of tensors by what splits them."""
+    return sizes["whole"] + sizes["tensor"] / tensor + sizes["experts"] / (expert * tensor)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expert", "tensor"),
+    [("tensor=8", 1, 8), ("expert=2,tensor=8", 2, 8), ("expert=8,tensor=8", 8, 8), ("expert=64", 64, 1)],
+)
+def test_large_3_takes_of_a_device_what_its_published_tensors_say(mesh, expert, tensor):
+    """Every tensor written out: FP8 with a float32 scale for each 128 x 128, but for those that no file quantises."""
+    config = find("mistral-large-3-675b-instruct-2512").config
+
+    def dense(*shape: int) -> int:
+        return 2 * math.prod(shape)
+
+    def fp8(rows: int, columns: int) -> int:
+        return rows * columns + 4 * math.ceil(rows / 128) * math.ceil(columns / 128)
+
+    low_rank = dense(1536, 7168) + dense(576, 7168)
+    norms = dense(7168) * (2 * 61 + 1) + 61 * (dense(1536) + dense(512))
+    heads = fp8(24576, 1536) + fp8(32768, 512) + fp8(7168, 16384)
+    tower = 48 * (4 * dense(1664, 1664) + 3 * dense(8192, 1664) + 2 * dense(1664)) + dense(1664, 3, 14, 14)
+    tower += 2 * dense(1664) + dense(1664, 6656) + dense(7168, 1664) + dense(7168, 7168)
+    sizes = {
+        "whole": 61 * low_rank + norms + 58 * dense(128, 7168) + tower,
+        "tensor": 61 * heads + 2 * dense(131072, 7168) + 3 * 3 * fp8(16384, 7168) + 58 * 3 * fp8(4096, 7168),
+        "experts": 58 * 128 * 3 * fp8(4096, 7168),
+    }
+    plan = plan_sharding(config, abstract_layout(config, parse_mesh(mesh)), batch=64, length=8192, platform="gpu")
+    assert plan.weight_bytes == on_one_device(sizes, expert=expert, tensor=tensor)
+    sequences = 64 // expert
+    assert plan.cache_bytes == 61 * (sequences * 8192 + 64) * 576 * 2
+
+
+def test_a_tpu_keeps_latents_in_whole_rows_of_128_numbers():
+    config = find("mistral-large-3-675b-instruct-2512").config
+    layout = abstract_layout(config, parse_mesh("tensor=8"))
+    on_gpu, on_tpu = (plan_sharding(config, layout, length=640, platform=name).cache_bytes for name in ("gpu", "tpu"))
+    assert on_tpu * 576 == on_gpu * 640
+
+
+@pytest.mark.parametrize(
+    ("mesh", "chip", "verdict"),
+    [
+        ("tensor=8", "h200", "fits 141.00 GiB"),
+        ("expert=2,tensor=8", "h200", "fits 141.00 GiB"),
+        ("expert=8,tensor=8", "v6e", "fits 32.00 GiB"),
+        ("expert=8", "v6e", "does not fit 32.00 GiB"),
+        ("expert=2,tensor=8", "v6e", "does not fit 32.00 GiB"),
+        ("expert=64", "v6e", "does not fit 32.00 GiB"),
+        ("expert=4,tensor=8", "v6e", "does not fit 32.00 GiB: too little is left"),
+    ],
+)
+def test_inspect_says_where_large_3_fits(mesh, chip, verdict, capsys):
+    command = ["inspect", "mistral-large-3-675b-instruct-2512", "--context", "8192", "--batch", "8"]
+    assert main([*command, "--mesh", mesh, "--device-memory", chip]) == 0
+    assert f"on each device: {verdict}" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def refusal(call) -> str:
         ("expert", ("expert", "hidden", "expert_embed"), P("expert", "tensor", "fsdp")),
         ("context", ("batch", "sequence", "act_heads", None), P(("data", "fsdp"), "context", "tensor")),
         ("context", ("split_pages", None, "act_kv_heads", None), P(("data", "fsdp", "context"), None, "tensor")),
-        ("all", ("layers", "heads", "embed"), P(None, "tensor", ("fsdp", "context", "expert"))),
+        ("all", ("layers", "heads", "embed"), P(None, "tensor", ("fsdp", "context"))),
         ("all", ("norm",), P()),
     ],
 )
