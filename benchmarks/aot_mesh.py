@@ -6,8 +6,10 @@ vendor's compiler wheels for the H200 (`pip install '.[aot]'`).
 
     python benchmarks/aot_mesh.py                        # every row at full depth, results kept
     python benchmarks/aot_mesh.py --rows 8b-v6e --short  # two periods of layers, nothing kept
+    python benchmarks/aot_mesh.py --rows large3 --short --keep  # results of these, for what takes hours at full depth
 
-Writes benchmarks/results/aot_mesh.json: per-device bytes, FLOPs by formula, bytes that collectives move, the time these
+Writes benchmarks/results/aot_mesh.json: per-device bytes (with all layers of the model and their caches, however many
+were compiled), FLOPs by formula, bytes that collectives move, the time these
 take at the chips' rates (a floor, not a measurement), what compiling took, and a hash of the program before XLA had it,
 at two periods of layers: when that of a later version differs, the row is out of date.
 """
@@ -39,6 +41,7 @@ from benchmarks.aot_programs import Kind, Row, config_of, stage
 from benchmarks.collective_traffic import Sent, traffic
 from infer.decoding import decode_options
 
+RAGGED = "ragged-all-to-all"
 RESULTS = Path(__file__).parent / "results" / "aot_mesh.json"
 
 
@@ -115,20 +118,20 @@ def measure(row: Row, *, short: bool) -> dict[str, Any]:
     compiled = program.lowered.compile(compiler_options=options)
     ended = time.perf_counter()
     memory: Any = compiled.memory_analysis()
-    on_device = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    on_device += memory.temp_size_in_bytes + program.beside
+    on_device = max(memory.argument_size_in_bytes, program.held) + memory.temp_size_in_bytes
+    on_device += memory.output_size_in_bytes - memory.alias_size_in_bytes
     sent = traffic(compiled)
     chip = CHIPS[row.chip]
     floors = {
         "compute": program.flops / chip.flops,
-        "memory": memory.argument_size_in_bytes / chip.memory_rate,
+        "memory": (memory.argument_size_in_bytes - program.unread) / chip.memory_rate,
         "links": _moved(sent, row.devices) / chip.link_rate,
     }
     return {
         **dataclasses.asdict(row),
         "layers": config_of(row, short=short).n_layers,
         "argument_bytes": memory.argument_size_in_bytes,
-        "beside_bytes": program.beside,
+        "held_bytes": program.held,
         "temporary_bytes": memory.temp_size_in_bytes,
         "device_bytes": on_device,
         "fits": on_device <= chip.memory,
@@ -145,9 +148,14 @@ def measure(row: Row, *, short: bool) -> dict[str, Any]:
 
 
 def _moved(sent: Sequence[Sent], devices: int) -> int:
-    """Bytes that one device receives. An all-reduce is a reduce-scatter and an all-gather."""
+    """Bytes that one device receives. An all-reduce is a reduce-scatter and an all-gather.
+
+    A ragged exchange gives a buffer with room for the worst case, there, and what was sent back, on the way back.
+    """
+    ragged = [one.n_bytes for one in sent if one.name == RAGGED]
+    sent = [one._replace(n_bytes=min(ragged)) if one.name == RAGGED else one for one in sent]
     per = (devices - 1) / devices
-    factor = {"all-gather": per, "all-reduce": 2 * per, "reduce-scatter": devices - 1, "all-to-all": per}
+    factor = {"all-gather": per, "all-reduce": 2 * per, "reduce-scatter": devices - 1, "all-to-all": per, RAGGED: per}
     return int(sum(one.n_bytes * one.times * factor.get(one.name, 1.0) for one in sent))
 
 
@@ -171,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ", ".join(row.name for row in ROWS)
     parser.add_argument("--rows", nargs="+", default=[""], help=f"beginnings of names, of {names}")
     parser.add_argument("--short", action="store_true", help="two periods of layers; prints, keeps nothing")
+    parser.add_argument("--keep", action="store_true", help="keep what --short finds; the row says how many layers")
     parser.add_argument("--hashes", action="store_true", help="only trace, and say which rows are out of date")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -187,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{row.name}: {'as recorded' if now == known else f'out of date: {known} was recorded, {now} is'}")
             continue
         found = run_alone(row, *(["--short"] if options.short else []))
-        if not options.short:
-            found |= run_alone(row, "--hashes")
+        if options.keep or not options.short:
+            found |= {} if options.short else run_alone(row, "--hashes")
             kept[row.name] = found
             part = RESULTS.with_suffix(".partial")
             part.write_text(json.dumps([kept[r.name] for r in ROWS if r.name in kept], indent=1) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -62,11 +63,16 @@ class Row:
 
 
 class Program(NamedTuple):
-    """A staged program, not compiled yet, the FLOPs of one device, and its bytes that the program does not take."""
+    """A staged program, not compiled yet, and of one device: FLOPs, bytes held at full depth, bytes of unread experts.
+
+    What is held is the whole model and its cache, whatever of it the program takes. Routing to any expert is taken to
+    be as likely as to any other.
+    """
 
     lowered: jax.stages.Lowered
     flops: float
-    beside: int
+    held: int
+    unread: int
 
 
 def devices_of(row: Row) -> Sequence[Any]:
@@ -98,11 +104,27 @@ def stage(row: Row, *, short: bool = False) -> Program:
     config = config_of(row, short=short)
     layout = layout_for(config, make_mesh(row.mesh, devices_of(row)))
     program = {"decode": _decode, "prefill": _prefill, "train": _train, "long": _long, "tower": _tower}[row.kind]
-    lowered, flops, beside = program(row, config, layout)
-    return Program(lowered, flops / row.devices, beside)
+    lowered, flops = program(row, config, layout)
+    return Program(lowered, flops / row.devices, held_bytes(row, layout), _unread_bytes(row, config, layout))
 
 
-Staged = tuple[jax.stages.Lowered, float, int]
+def held_bytes(row: Row, layout: Layout) -> int:
+    """Of the whole model and its cache on one device, at full depth; 0 for programs without a cache."""
+    if row.kind in ("train", "long"):
+        return 0
+    config = config_of(row, short=False)
+    return _device_bytes((_model(config, layout), _cache(row, config, layout)))
+
+
+def _unread_bytes(row: Row, config: ModelConfig, layout: Layout) -> int:
+    """Of experts on one device that no token is expected to go to."""
+    moe = config.moe
+    if moe is None:
+        return 0
+    tokens = row.batch if row.kind == "decode" else CHUNK * layout.ways("rows")
+    numbers = 3 * (config.n_layers - moe.first_dense_layers) * moe.n_experts * moe.expert_hidden_dim * config.dim
+    n_bytes = numbers * (1 if config.quantization else BFLOAT16.itemsize) // row.devices
+    return int(n_bytes * (1 - moe.experts_per_token / moe.n_experts) ** tokens)
 
 
 def _model(config: ModelConfig, layout: Layout) -> Transformer:
@@ -113,10 +135,7 @@ def _model(config: ModelConfig, layout: Layout) -> Transformer:
 
 def _device_bytes(tree: Any) -> int:
     """Of abstract arrays, on one device."""
-    return sum(
-        jnp.dtype(x.dtype).itemsize * int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape))))
-        for x in jax.tree.leaves(tree)
-    )
+    return sum(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def _rows_of(layout: Layout, tree: Any, *axes: str) -> Any:
@@ -143,7 +162,7 @@ def _cache(row: Row, config: ModelConfig, layout: Layout) -> tuple[PagedCache, t
     return cache, tables
 
 
-def _decode(row: Row, config: ModelConfig, layout: Layout) -> Staged:
+def _decode(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
     model = _model(config, layout)
     graph, weights = nnx.split(text_alone(model))
     cache, tables = _cache(row, config, layout)
@@ -159,10 +178,10 @@ def _decode(row: Row, config: ModelConfig, layout: Layout) -> Staged:
     )
     arguments = (weights, cache, *_rows_of(layout, rest), Struct((), jnp.int32))
     step = jax.jit(functools.partial(decode, graph, mode=mode), donate_argnums=(1, 2))
-    return step.lower(*arguments), row.batch * _token_flops(config, row.length), _device_bytes(model.vision)
+    return step.lower(*arguments), row.batch * _token_flops(config, row.length)
 
 
-def _prefill(row: Row, config: ModelConfig, layout: Layout) -> Staged:
+def _prefill(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
     """A chunk of one sequence's prompt that ends at the last token it has room for; of image rows, if it has any."""
     model = _model(config, layout)
     graph, weights = nnx.split(text_alone(model))
@@ -177,11 +196,11 @@ def _prefill(row: Row, config: ModelConfig, layout: Layout) -> Staged:
     of_images = ImageRows(Struct((shards * CHUNK, config.dim), BFLOAT16), Struct((shards * CHUNK,), jnp.bool_))
     images = (_rows_of(layout, of_images),) if row.images else ()
     lowered = step.lower(weights, cache, hidden, tokens, PagedBatch(tables, starts, of_batch), of_batch, *images)
-    return lowered, shards * CHUNK * _token_flops(config, row.length), _device_bytes(model.vision)
+    return lowered, shards * CHUNK * _token_flops(config, row.length)
 
 
-def _tower(row: Row, config: ModelConfig, layout: Layout) -> Staged:
-    """Rows of the largest image, on every device; the decoder and its cache lie beside."""
+def _tower(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
+    """Rows of the largest image, on every device; nothing of the decoder."""
     model, of = _model(config, layout), config.vision
     assert model.vision is not None
     assert of is not None
@@ -190,11 +209,10 @@ def _tower(row: Row, config: ModelConfig, layout: Layout) -> Staged:
     pixels = of.n_channels * of.patch_size**2
     patches = Patches(Struct((n, pixels), jnp.float32), Struct((n, 2), jnp.int32), Struct((n,), jnp.int32))
     patches = jax.tree.map(lambda x: Struct(x.shape, x.dtype, sharding=layout.sharding()), patches)
-    beside = _device_bytes((text_alone(model), _cache(row, config, layout)))
-    return compiled_tower(graph, layout).lower(weights, patches), row.devices * _tower_flops(config, n), beside
+    return compiled_tower(graph, layout).lower(weights, patches), row.devices * _tower_flops(config, n)
 
 
-def _long(row: Row, config: ModelConfig, layout: Layout) -> Staged:
+def _long(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
     """Hidden states of whole sequences, split over the context axis."""
     model = _model(config, layout)
     graph, weights = nnx.split(text_alone(model))
@@ -202,10 +220,10 @@ def _long(row: Row, config: ModelConfig, layout: Layout) -> Staged:
     tokens = Struct((row.batch, row.length), jnp.int32, sharding=layout.sharding(axes))
     out = layout.sharding((*axes, "act_embed"))
     step = jax.jit(lambda weights, tokens: nnx.merge(graph, weights).hidden(tokens), out_shardings=out)
-    return step.lower(weights, tokens), row.batch * row.length * _mean_flops(config, row.length), 0
+    return step.lower(weights, tokens), row.batch * row.length * _mean_flops(config, row.length)
 
 
-def _train(row: Row, config: ModelConfig, layout: Layout) -> Staged:
+def _train(row: Row, config: ModelConfig, layout: Layout) -> tuple[jax.stages.Lowered, float]:
     """LoRA of rank 16 on all projections over a frozen base, one packed row per device, inputs of blocks kept."""
     from train.optimizer import Optimizer, OptimizerConfig
     from train.step import TrainStep, trained_specs
@@ -216,7 +234,7 @@ def _train(row: Row, config: ModelConfig, layout: Layout) -> Staged:
     step = TrainStep(stacked, Optimizer(OptimizerConfig(learning_rate=1e-4, steps=100), trained_specs(stacked)))
     state, batch = step.shapes(1, row.batch, row.length)
     # Forward, again forward for what was not kept, and the gradient of activations: of weights there is none.
-    return step.lower(state, batch), 3 * row.batch * row.length * _mean_flops(config, row.length), 0
+    return step.lower(state, batch), 3 * row.batch * row.length * _mean_flops(config, row.length)
 
 
 def _token_flops(config: ModelConfig, length: int) -> float:

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from ministral_jax.config import ModelConfig, MoEConfig
-from ministral_jax.moe import MoE
+from ministral_jax.grouped_product import rows_per_block
+from ministral_jax.moe import ExpertForm, MoE, route
 from ministral_jax.parameters import fill, initialize, parameter_specs, parameters
 from ministral_jax.quantization import LinearFormat
 from ministral_jax.quantization.encoding import encode
@@ -87,6 +88,24 @@ def test_no_token_is_dropped_when_all_go_to_the_experts_of_one_device() -> None:
     expected = np.asarray(fill(layer(), arrays)(jnp.asarray(x)))
     found = on_mesh("expert=2,tensor=4", x, arrays=arrays)
     assert np.abs(found - expected).max() <= CLOSE * np.ptp(expected)
+
+
+def test_devices_multiply_the_tokens_that_were_routed_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted while it runs: blocks of rows of experts that got any, whatever room the buffers have."""
+    of_one, rows_done = ExpertForm.of_one, []
+
+    def counted(self: ExpertForm, trained: Any, frozen: Any, x: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: rows_done.append(len(x)))
+        return of_one(self, trained, frozen, x)
+
+    monkeypatch.setattr(ExpertForm, "of_one", counted)
+    x = tokens(16)
+    on_mesh("expert=4,tensor=2", x)
+    jax.effects_barrier()
+    block = rows_per_block(2 * 16, 2, "cpu")  # room for two copies of each token, on a device with two experts
+    got = np.bincount(np.asarray(route(layer().gate(jnp.asarray(x)), MOE).experts).reshape(-1), minlength=8)
+    assert got.sum() == 16 * MOE.experts_per_token
+    assert rows_done.count(block) == len(rows_done) == 2 * int(np.ceil(got / block).sum())  # tensor=2: half of each
 
 
 @pytest.mark.long
