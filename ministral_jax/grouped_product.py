@@ -67,7 +67,7 @@ def fp8_product(
     scale: Float[Array, "E row_blocks column_blocks"],
     group_sizes: Int[Array, "E"],
 ) -> Float[Array, "M O"]:
-    """`frozen_product` of all experts, activations rounded, by a kernel, of bfloat16 rows. Its gradient is by_blocks's."""
+    """`frozen_product` of all experts by a kernel, of bfloat16 rows that are rounded. Its gradient is by_blocks's."""
     columns = x.reshape(len(x), -1, BLOCK)
     x_scale = dynamic_scale(columns, FP8_MAX)  # [M, blocks, 1]
     rows = to_fp8(columns, x_scale).reshape(x.shape)
