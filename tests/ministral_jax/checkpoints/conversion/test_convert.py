@@ -104,12 +104,12 @@ def test_large_3_has_no_hf_form_and_goes_elsewhere(tmp_path):
     assert_same_tensors(tensors_of(tmp_path / "c"), written)
 
 
-def test_experts_with_a_scale_each_are_not_fused(tmp_path):
+def test_projections_of_an_expert_with_two_scales_are_not_fused(tmp_path):
     from tests.architecture_files import SMALL_4, fp8_static
 
     config = dataclasses.replace(SMALL_4, quantization=EXAMPLES["vision_fp8"]().config.quantization)
     write_example(tmp_path / "a", make(config, fp8_static), "mistral")
-    with pytest.raises(CheckpointError, match=r"'layers\.0\.experts\.0\.w1\.qscale_\w+' scales one expert.*one scale"):
+    with pytest.raises(CheckpointError, match=r"'layers\.0\.experts\.0\.w3\.qscale_\w+' is .*one scale for both"):
         convert(tmp_path / "a", tmp_path / "b", to="hf")
 
 

@@ -154,7 +154,7 @@ def test_a_failure_leaves_nothing_under_the_name(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(
             "ministral_jax.checkpoints.conversion.quantize.encode",
-            lambda *_: (_ for _ in ()).throw(OSError(28, "full")),
+            lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")),
         )
         with pytest.raises(CheckpointError, match="full"):
             quantize(tmp_path / "dense", tmp_path / "out", stored=STORED[0])
