@@ -22,6 +22,7 @@ from ministral_jax.stacked import StackedTransformer, Unstacked, attach_adapters
 from tests.golden.models import VOCAB, by_name
 from tests.golden.values import write_native
 from train.data.batches import Batch
+from train.objective import NextToken
 from train.optimizer import Optimizer, OptimizerConfig
 from train.step import TrainStep, trained_specs
 
@@ -53,7 +54,7 @@ def our_model(name: str, folder: Path) -> StackedTransformer:
 
 def our_gradients(model: StackedTransformer) -> tuple[dict[str, np.ndarray], float, float]:
     """Of one step, from its first moments, which are (1 - beta1) of the gradient; the loss, and the gradient's norm."""
-    step = TrainStep(model, Optimizer(CONFIG, trained_specs(model)), chunk=16, options=QUICK)
+    step = TrainStep(model, Optimizer(CONFIG, trained_specs(model)), NextToken(chunk=16), options=QUICK)
     state, metrics = step(step.initial_state(model, jax.random.key(0)), batch())
     is_adam = lambda leaf: isinstance(leaf, optax.ScaleByAdamState)  # noqa: E731
     (adam,) = [leaf for leaf in jax.tree.leaves(state.moments, is_leaf=is_adam) if is_adam(leaf)]
