@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, UInt8
 
 from .rounding import even_and_odd, unpacked
-from .weight import contract, in_row_blocks, is_one_token, vector_product, written_out
+from .weight import contract_halves, in_row_blocks, is_one_token, vector_product
 
 BLOCK = 64
 STEP = 8
@@ -75,18 +75,16 @@ class Nf4Weight:
 def _of_rows(
     x: Float[Array, "*T I"], payload: UInt8[Array, "O half"], constants: Float[Array, "O blocks"]
 ) -> Float[Array, "*T O"]:
-    n_out, half = payload.shape
+    half = payload.shape[1]
     # In two steps, of which XLA fuses the last into the product; on a TPU it writes what a single longer one gives.
     eighths = jnp.repeat(constants, BLOCK // 2 // STEP, axis=1)
     spread = jnp.repeat(eighths, STEP, axis=1)[:, :half]  # [O, I/2]
-    sums: Array = jnp.zeros((*x.shape[:-1], n_out), jnp.float32)
-    for columns, nibbles in even_and_odd(x, payload):
-        values = nf4_values(nibbles)  # [O, I/2]
-        if is_one_token(x):
-            sums += vector_product(columns.reshape(-1), values, spread).reshape(sums.shape)
-        else:
-            sums += contract(columns, written_out((values * spread).astype(x.dtype), columns))
-    return sums
+    pairs = [(columns, nf4_values(nibbles)) for columns, nibbles in even_and_odd(x, payload)]  # of [O, I/2]
+    if is_one_token(x):
+        sums = sum(vector_product(columns.reshape(-1), values, spread) for columns, values in pairs)
+        return jnp.reshape(sums, (*x.shape[:-1], -1))
+    columns, values = zip(*pairs, strict=True)
+    return contract_halves(columns, [(half * spread).astype(x.dtype) for half in values])
 
 
 def nf4_values(nibbles: UInt8[Array, "*S"]) -> Float[Array, "*S"]:

@@ -26,7 +26,7 @@ from .rounding import (
     to_e2m1,
     unpacked,
 )
-from .weight import contract, in_row_blocks, is_one_token, vector_product, written_out
+from .weight import contract_halves, in_row_blocks, is_one_token, vector_product
 
 GROUP = 16
 
@@ -66,14 +66,12 @@ def _of_rows(
     x: Float[Array, "*T I"], payload: UInt8[Array, "O half"], scale: Float[Array, "O groups"]
 ) -> Float[Array, "*T O"]:
     spread = jnp.repeat(scale.astype(jnp.float32), GROUP // 2, axis=1)  # [O, I/2]
-    sums: Array = jnp.zeros((*x.shape[:-1], len(scale)), jnp.float32)
-    for columns, nibbles in even_and_odd(x, payload):
-        values = e2m1_values(nibbles)  # [O, I/2]
-        if is_one_token(x):
-            sums += vector_product(columns.reshape(-1), values, spread).reshape(sums.shape)
-        else:
-            sums += contract(columns, written_out((values * spread).astype(x.dtype), columns))  # exact in 16 bits
-    return sums
+    pairs = [(columns, e2m1_values(nibbles)) for columns, nibbles in even_and_odd(x, payload)]  # of [O, I/2]
+    if is_one_token(x):
+        sums = sum(vector_product(columns.reshape(-1), values, spread) for columns, values in pairs)
+        return jnp.reshape(sums, (*x.shape[:-1], -1))
+    columns, values = zip(*pairs, strict=True)
+    return contract_halves(columns, [(half * spread).astype(x.dtype) for half in values])  # exact in 16 bits
 
 
 def nvfp4_rounded(x: Float[Array, "*T I"], global_scale: Float[Array, ""]) -> Float[Array, "*T I"]:

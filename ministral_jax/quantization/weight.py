@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -76,15 +76,24 @@ def _frozen_backward(
 _frozen_product.defvjp(_frozen_forward, _frozen_backward)
 
 
-def written_out(matrix: Float[Array, "O I"], x: Float[Array, "*T I"]) -> Float[Array, "O I"]:
-    """`matrix`, on a TPU with MANY_TOKENS an array of its own instead of a part of the product that it goes into.
+def contract_halves(
+    columns: Sequence[Float[Array, "*T half"]], matrices: Sequence[Float[Array, "O half"]]
+) -> Float[Array, "*T O"]:
+    """`x @ W.T` summed in float32, of W's even and odd columns and those of `x`.
 
-    Few bits would be decoded again for every tile of tokens there, and the compiler takes three times as long over such
-    a product as over decoding and multiplying apart.
+    With MANY_TOKENS a TPU gets W as an array of its own. As a part of the product few bits would be decoded again for
+    every tile of tokens, and the compiler takes eight times as long over it.
     """
-    if math.prod(x.shape[:-1]) < MANY_TOKENS:
-        return matrix
-    return lax.platform_dependent(matrix, tpu=lax.optimization_barrier, default=lambda matrix: matrix)
+
+    def apart() -> Array:
+        return contract(columns[0], matrices[0]) + contract(columns[1], matrices[1])
+
+    def at_once() -> Array:
+        return contract(jnp.concatenate(columns, -1), lax.optimization_barrier(jnp.concatenate(matrices, 1)))
+
+    if math.prod(columns[0].shape[:-1]) < MANY_TOKENS:
+        return apart()
+    return lax.platform_dependent(tpu=at_once, default=apart)
 
 
 def contract(x: Float[Array, "*T I"], weight: Float[Array, "O I"]) -> Float[Array, "*T O"]:

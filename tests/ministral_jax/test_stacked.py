@@ -20,7 +20,7 @@ from ministral_jax.config import Window
 from ministral_jax.errors import ConfigError
 from ministral_jax.linear import projections
 from ministral_jax.lora import LoraConfig, attach, initialize_adapters
-from ministral_jax.parameters import ParameterSpec, fill, parameter_specs, parameters
+from ministral_jax.parameters import AdapterParam, ParameterSpec, fill, parameter_specs, parameters
 from ministral_jax.quantization import LinearFormat
 from ministral_jax.stacked import (
     Pattern,
@@ -238,6 +238,24 @@ def residual_bytes(remat: Remat) -> int:
     leaves = jax.tree.leaves(jax.eval_shape(run, state, jax.ShapeDtypeStruct((1, 64), jnp.int32)))
     per_layer = [leaf for leaf in leaves if leaf.shape[:1] == (2,) and 64 in leaf.shape[1:]]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in per_layer) // (2 * 64)
+
+
+@pytest.mark.parametrize("stored", [LinearFormat("nf4"), LinearFormat("int8_channel", "dynamic")], ids=str)
+def test_nothing_dequantised_is_kept_for_the_backward_pass(stored: LinearFormat) -> None:
+    """Of each layer's matrices only what is stored, also where all else is kept; tokens are 24, like no width."""
+    model = Transformer(tiny_config(n_layers=2), attention="xla")
+    for projection in projections(model).values():
+        projection.store_as(stored)
+    attach(model, LoraConfig(rank=3))
+    graph, adapters, rest = nnx.split(StackedTransformer(model, remat="none"), AdapterParam, ...)
+
+    def run(adapters: Any, rest: Any, tokens: jax.Array) -> Any:
+        return jax.vjp(lambda adapters: nnx.merge(graph, adapters, rest).hidden(tokens), adapters)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(run, adapters, rest, jax.ShapeDtypeStruct((1, 24), jnp.int32)))
+    of_layers = {leaf.shape for leaf in leaves if leaf.dtype == jnp.float32 and leaf.ndim == 3 and leaf.shape[0] == 2}
+    matrices = {shape for shape in of_layers if 24 not in shape and min(shape[1:]) > 2}  # not nf4's constants
+    assert matrices <= {leaf.shape for leaf in jax.tree.leaves(adapters)}
 
 
 def test_policies_keep_what_they_say() -> None:
