@@ -87,14 +87,18 @@ def devices_of(row: Row) -> Sequence[Any]:
 
 
 def config_of(row: Row, *, short: bool) -> ModelConfig:
-    """The model in its published format, whole or its first two periods; a long prompt gets the context it needs."""
+    """The model in its published format, whole or its first two periods (of the tower, two layers).
+
+    A long prompt gets the context it needs.
+    """
     config = find(row.model).config
-    layers = config.n_layers
+    vision, layers = config.vision if row.images else None, config.n_layers
     if short:
         repeating = pattern(config)
         layers = repeating.prefix + 2 * repeating.period
+        vision = vision and dataclasses.replace(vision, n_layers=2)
     return dataclasses.replace(
-        config, n_layers=layers, windows=config.windows[:layers], vision=config.vision if row.images else None,
+        config, n_layers=layers, windows=config.windows[:layers], vision=vision,
         max_length=max(config.max_length, row.length),
     )  # fmt: skip
 

@@ -147,7 +147,8 @@ def _with_heads(pool: Num[Array, "_ page *entry"]) -> Num[Array, "_ page K H"]:
 
 def _filled_up(x: Float[Array, "T heads H"], pool: Num[Array, "_ page *entry"]) -> Float[Array, "T heads entry"]:
     """Queries or keys with zeros behind them, as wide as the entries of the pool: products stay what they are."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, pool.shape[-1] - x.shape[-1])))
+    missing = pool.shape[-1] - x.shape[-1]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x
 
 
 def is_split(window: Window, layout: Layout) -> bool:

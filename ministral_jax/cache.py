@@ -216,7 +216,7 @@ def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype, layou
     )
 
 
-def pool_axes(config: ModelConfig, window: Window) -> tuple[str | None, ...]:
+def pool_axes(config: ModelConfig, window: Window) -> tuple[str, *tuple[str | None, ...]]:
     """Logical axes of a pool. Only the pages of full attention are worth splitting over `context`."""
     pages = "pages" if window is not None else "split_pages"
     return (pages, None, None) if config.latent else (pages, None, "act_kv_heads", None)
