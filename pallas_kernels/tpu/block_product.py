@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 BLOCK = 128
 # Of one grid step: bytes of the matrix, of which two parts are in flight, and rows of activations.
-MATRIX_BYTES, MOST_ROWS, MOST_OUT = 4 * 2**20, 256, 512
+MATRIX_BYTES, MOST_ROWS, MOST_OUT = 4 * 2**20, 128, 512
 LEAST_ROWS = 16  # a tile of bfloat16
 
 
