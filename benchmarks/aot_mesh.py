@@ -37,7 +37,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 
-from benchmarks.aot_programs import Kind, Row, config_of, stage
+from benchmarks.aot_programs import Kind, Row, layers_of, stage
 from benchmarks.collective_traffic import Sent, traffic
 from infer.decoding import decode_options
 
@@ -129,7 +129,7 @@ def measure(row: Row, *, short: bool) -> dict[str, Any]:
     }
     return {
         **dataclasses.asdict(row),
-        "layers": config_of(row, short=short).n_layers,
+        "layers": layers_of(row, short=short),
         "argument_bytes": memory.argument_size_in_bytes,
         "held_bytes": program.held,
         "temporary_bytes": memory.temp_size_in_bytes,

@@ -103,6 +103,12 @@ def config_of(row: Row, *, short: bool) -> ModelConfig:
     )  # fmt: skip
 
 
+def layers_of(row: Row, *, short: bool) -> int:
+    """How many layers the program of a row has."""
+    config = config_of(row, short=short)
+    return config.vision.n_layers if row.kind == "tower" and config.vision else config.n_layers
+
+
 def stage(row: Row, *, short: bool = False) -> Program:
     """The program of a row, traced for its mesh."""
     config = config_of(row, short=short)
