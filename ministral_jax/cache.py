@@ -205,8 +205,7 @@ def allocate_cache(config: ModelConfig, plan: CachePlan, dtype: jnp.dtype, layou
         if layout is None:
             return jnp.zeros((group.pages, plan.page_size, *entry), dtype)
         axes = pool_axes(config, group.window)
-        shards = 1 if axes[0] is None else layout.ways(axes[0])
-        shape = (group.pages * shards, plan.page_size, *entry)
+        shape = (group.pages * layout.ways(axes[0]), plan.page_size, *entry)
         return jnp.zeros(shape, dtype, device=layout.sharding(axes))
 
     return PagedCache(
