@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +79,6 @@ class Fp8BlockWeight:
     def _product(self, x: Float[Array, "*T I"], *, rounded: bool) -> Float[Array, "*T O"]:
         rows = x.reshape(-1, x.shape[-1])
         whole = all(size % BLOCK == 0 for size in self.payload.shape) and x.dtype in (jnp.bfloat16, jnp.float32)
-        sums: Any
         if whole and target().platform == "tpu":
             sums: Array = _by_kernel(rows, self.payload, self.scale, rounded)  # pyright: ignore[reportAssignmentType]
         else:
