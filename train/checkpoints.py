@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ministral_jax.errors import CheckpointError
+from ministral_jax.tokenizer_files import one_line
 
 from .step import TrainState
 
@@ -25,6 +26,7 @@ class StateWriter:
         self._checkpointer = ocp.StandardCheckpointer()
         self._waiting = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
+        self._folder: Path | None = None
 
     def begin(self, folder: Path, state: TrainState) -> None:
         """Begins to write what is trained, its moments, the step and the key to `folder`, which must not exist.
@@ -35,6 +37,7 @@ class StateWriter:
         self.wait()
         if folder.exists():
             raise CheckpointError(f"{folder} exists: expected a new folder for a checkpoint")
+        self._folder = folder
         self._checkpointer.save(folder.absolute(), _kept(state))
         self._written = self._waiting.submit(self._checkpointer.wait_until_finished)
 
@@ -44,10 +47,15 @@ class StateWriter:
         return self._written is None or self._written.done()
 
     def wait(self) -> None:
-        """Waits until what was begun is on the disk; raises what kept it from getting there."""
-        written, self._written = self._written, None
-        if written is not None:
-            written.result()
+        """Waits until what was begun is on the disk. Raises CheckpointError saying what kept it from getting there."""
+        if self._written is None:
+            return
+        try:
+            self._written.result()
+        except Exception as error:  # of the disk, or of what orbax makes of it
+            self._written = None
+            raise CheckpointError(f"{self._folder}: cannot be written: {one_line(error)}") from error
+        self._written = None  # not before: Ctrl-C may end the waiting, not the writing
 
     def close(self) -> None:
         """Ends its threads, after what is being written."""

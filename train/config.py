@@ -68,6 +68,8 @@ class SamplesConfig:
         _at_least("samples.max_tokens", self.max_tokens, 1)
         if not all(self.prompts):
             raise ConfigError("samples.prompts: one is empty, expected texts")
+        if self.every and not self.prompts:
+            raise ConfigError(f"samples.every: {self.every}, but samples.prompts has none to answer")
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ def run_config(document: Mapping[str, Any]) -> Reading:
         "data": config,
         "eval_data": (evaluation.instruct_data or evaluation.preference_data) if evaluation else "",
         "preference": preference,
-        "lora": None if full else made(LoraConfig, section(lora, "lora"), "lora"),
+        "lora": None if full else made(LoraConfig, _with_targets(section(lora, "lora")), "lora"),
         "optimizer": made(OptimizerConfig, optimizer | {"steps": coerced(int, max_steps, "max_steps")}, "optimizer"),
         "eval": made(EvalConfig, section(values.pop("eval", None), "eval"), "eval"),
         "checkpoints": made(CheckpointConfig, section(values.pop("checkpoints", None), "checkpoints"), "checkpoints"),
@@ -246,6 +248,12 @@ def run_config(document: Mapping[str, Any]) -> Reading:
         "wandb": None if wandb is None else made(WandbConfig, section(wandb, "wandb"), "wandb"),
     }
     return Reading(made(RunConfig, values, "", **built), notes)
+
+
+def _with_targets(lora: dict[str, Any]) -> dict[str, Any]:
+    """The section with targets as a list, which may be names separated by commas."""
+    targets = lora.get("targets")
+    return lora | {"targets": [name.strip() for name in targets.split(",")]} if isinstance(targets, str) else lora
 
 
 def _preference(value: Any, data: DataConfig) -> PreferenceConfig | None:
@@ -289,10 +297,10 @@ def coerced(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: {value!r}, expected one of {', '.join(map(str, options))}")
         return value
     if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = [value] if isinstance(value, str) else value
         if not isinstance(parts, list):
             raise ConfigError(f"{where}: {value!r}, expected a list")
-        return tuple(coerced(options[0], part.strip() if isinstance(part, str) else part, where) for part in parts)
+        return tuple(coerced(options[0], part, where) for part in parts)
     if origin in (Mapping, dict):
         return {key: coerced(options[1], item, f"{where}.{key}") for key, item in section(value, where).items()}
     return _scalar(hint, value, where)

@@ -41,7 +41,7 @@ def export(folder: Path, step: TrainStep, state: TrainState, base: Path, config:
     written = dataclasses.replace(model.config, vision=read_config(base).vision if vision else None)
     arrays = Unstacked(trained | state.frozen | vision, model.pattern)
     (save_mistral if to == "mistral" else save_hf)(folder, arrays, written, dtype=dtype)
-    tokenizer = find_tokenizer_file(base)
+    tokenizer = find_tokenizer_file(base if config.tokenizer is None else Path(config.tokenizer))
     shutil.copyfile(tokenizer, folder / tokenizer.name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -37,6 +37,14 @@ _MOST_LOST = 10  # steps in a row whose gradients are not finite
 Row = dict[str, Any]
 
 
+class Ended(NamedTuple):
+    """How the steps of a run ended: the state, the last step taken, and the signal that came before it was the last."""
+
+    state: TrainState
+    step: int
+    signal: int | None
+
+
 class Loop:
     """The steps of a run. What it changes is in the folder; the state of training goes in and out."""
 
@@ -62,8 +70,8 @@ class Loop:
         self._lost = 0
         self._began: tuple[int, float] | None = None  # a step, and when it had ended: what the time left is told by
 
-    def train(self, state: TrainState, start: int, stopped: Callable[[], int | None]) -> tuple[TrainState, int]:
-        """Takes the steps after `start` until the last, the end of the data, or a signal; returns the last taken."""
+    def train(self, state: TrainState, start: int, stopped: Callable[[], int | None]) -> Ended:
+        """Takes the steps after `start` until the last, the end of the data, or a signal that comes before these."""
         if hosts.process_id() == 0:
             self._samples.cut_after(start)
         try:
@@ -71,29 +79,44 @@ class Loop:
         finally:
             self._folder.close(self._config.checkpoints)
 
-    def _steps(self, state: TrainState, start: int, stopped: Callable[[], int | None]) -> tuple[TrainState, int]:
+    def _steps(self, state: TrainState, start: int, stopped: Callable[[], int | None]) -> Ended:
         number = start
-        batch = None if self._stops(start, stopped) else self._next(start)
+        if signal := self._signal(start, stopped):
+            return Ended(state, start, signal)
+        batch = self._next(start)
         while batch is not None:
             begin = time.perf_counter()
             state, metrics = self._step(state, self._in_microbatches(batch))
             number += 1
-            stops = self._stops(number, stopped)
+            signal = self._signal(number, stopped)
             place = self._data.state()  # before the next batch is drawn, while the devices are at work
-            following = None if stops else self._next(number)
-            self._tell(number, batch, metrics, begin)
+            following, problem = self._following(number)
+            ends = following is None and problem is None
+            stops = not ends and (signal is not None or problem is not None)
+            self._tell(number, batch, metrics, begin, last=ends or stops)
             self._require_finite(metrics, number)
-            self._between(state, number, place, ends=following is None and not stops, stops=stops)
+            self._between(state, number, place, ends=ends, stops=stops)
+            if problem is not None:
+                raise problem
+            if stops:
+                return Ended(state, number, signal)
             batch = following
-        return state, number
+        return Ended(state, number, None)
 
     def _next(self, number: int) -> Batch | None:
         """The batch of the step after `number`; None after the last."""
         return None if number >= self._config.max_steps else next(self._data, None)
 
-    def _stops(self, number: int, stopped: Callable[[], int | None]) -> bool:
-        """Whether a signal ends the run after step `number`; among several processes, one that process 0 got."""
-        return bool(int(hosts.shared(f"stops after {number}", str(int(stopped() is not None)))))
+    def _following(self, number: int) -> tuple[Batch | None, MinistralError | None]:
+        """The same, or why it cannot be had: what step `number` has given is saved first."""
+        try:
+            return self._next(number), None
+        except MinistralError as error:
+            return None, error
+
+    def _signal(self, number: int, stopped: Callable[[], int | None]) -> int | None:
+        """The signal that ends the run after step `number`, if one does; among several processes, one of process 0."""
+        return int(hosts.shared(f"stops after {number}", str(stopped() or 0))) or None
 
     def _in_microbatches(self, batch: Batch) -> Batch:
         """[A, B, T] on the devices, of [A B, T] on the host."""
@@ -111,13 +134,13 @@ class Loop:
                 "or dtype: float32, and see whether the base itself gives finite scores (`ministral score`)"
             )
 
-    def _tell(self, number: int, batch: Batch, metrics: Metrics, begin: float) -> None:
+    def _tell(self, number: int, batch: Batch, metrics: Metrics, begin: float, *, last: bool) -> None:
         loss = float(metrics.loss)  # waits for the step
         now = time.perf_counter()
         seconds = now - begin
         if self._began is None:
             self._began = (number, now)  # the first step may have waited for the compiler
-        if number % self._config.log_every and number != self._config.max_steps:
+        if number % self._config.log_every and not last:
             return
         done = number - self._began[0]
         each = (now - self._began[1]) / done if done else seconds
@@ -146,18 +169,19 @@ class Loop:
             self._report(row)
 
     def _between(self, state: TrainState, number: int, place: dict[str, Any], *, ends: bool, stops: bool) -> None:
-        """What is due after a step: an evaluation, samples, a checkpoint."""
+        """What is due after a step: a checkpoint, which is safe before anything else is begun; evaluation; samples."""
         checkpoints = self._config.checkpoints
-        loss = None
-        if self._evaluation is not None and (ends or self._due(self._config.eval.every, number)):
-            loss = self._evaluate(state, number)
-        if self._preview is not None and (ends or self._due(self._config.samples.every, number)):
-            self._sample(self._preview, state, number)
         due = ends or stops or self._due(checkpoints.every, number)
         self._folder.finish(checkpoints, wait=due)  # the one before
         if due:
-            self._folder.save(state, place, number, loss)
-        if ends or stops:
+            self._folder.save(state, place, number)
+        if stops:
+            self._folder.finish(checkpoints, wait=True)
+        if self._evaluation is not None and (ends or self._due(self._config.eval.every, number)):
+            self._folder.evaluated(number, self._evaluate(state, number))
+        if self._preview is not None and (ends or self._due(self._config.samples.every, number)):
+            self._sample(self._preview, state, number)
+        if ends:
             self._folder.finish(checkpoints, wait=True)
 
     def _due(self, every: int, number: int) -> bool:

@@ -74,6 +74,7 @@ class Preview:
         """`tokens` with each row's answer after its prompt; what stands behind a token does not reach it."""
         model = self._step.model(trained, frozen, None)
         rows = jnp.arange(len(lengths))
+        fills_up = rows >= len(self._ids)
         eos = self._tokenizer.eos_id
 
         def goes_on(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
@@ -87,7 +88,7 @@ class Preview:
             following = jnp.where(ended, eos, following)
             return tokens.at[rows, lengths + said].set(following), said + 1, ended | (following == eos)
 
-        start = (tokens, jnp.zeros((), jnp.int32), jnp.zeros(len(lengths), bool))
+        start = (tokens, jnp.zeros((), jnp.int32), fills_up)
         return jax.lax.while_loop(goes_on, add, start)[0]
 
 

@@ -23,6 +23,7 @@ from ministral_jax.config import ModelConfig
 from ministral_jax.config_files import read_config
 from ministral_jax.errors import ConfigError
 from ministral_jax.lora import initialize_adapters
+from ministral_jax.sharding import hosts
 from ministral_jax.sharding.agreement import digest, require_agreement, require_same_model
 from ministral_jax.sharding.layout import Layout, layout_for
 from ministral_jax.sharding.meshes import mesh_for
@@ -47,6 +48,7 @@ from .step import TrainState, TrainStep, trained_specs
 logger = logging.getLogger(__name__)
 
 FINAL = "final"  # the folder of the result in that of the run
+_EXPORT_SECONDS = 24 * 3600.0  # that the others wait for process 0 to write it
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,13 @@ def run(config: RunConfig, *, resume: bool = False, report: Callable[[Row], obje
         logger.info("going on after step %d, from %s", start, checkpoints[-1].folder)
     with stop_signals() as stopped, metric_rows(config, folder.path, start) as told:
         loop = Loop(config, folder, step, data, evaluation, preview, base.config, told, report or (lambda row: None))
-        state, last = loop.train(state, start, stopped)
-    if stopped() and last < config.max_steps:
-        return RunResult(last, None, stopped())
+        ended = loop.train(state, start, stopped)
+    if ended.signal is not None:
+        return RunResult(ended.step, None, ended.signal)
     result = folder.path / FINAL
-    export(result, step, state, base.folder, config)
-    return RunResult(last, result)
+    export(result, step, ended.state, base.folder, config)
+    hosts.sync("the result", _EXPORT_SECONDS)
+    return RunResult(ended.step, result)
 
 
 def _open_base(config: RunConfig) -> _Base:

@@ -7,6 +7,8 @@ the data together, so that the two can never disagree.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import re
 import shutil
@@ -21,6 +23,8 @@ from .checkpoints import StateWriter, restore_state
 from .config import CheckpointConfig, RunConfig, run_config
 from .data.run_file import read_document
 from .step import TrainState
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 _CHECKPOINTS = "checkpoints"
@@ -44,6 +48,10 @@ class Checkpoint:
     step: int
     data: dict[str, Any]
     eval_loss: float | None
+
+    def notes(self) -> str:
+        """What stands beside the state."""
+        return json.dumps({"step": self.step, "eval_loss": self.eval_loss, "data": self.data})
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -69,7 +77,7 @@ class RunFolder:
         self.path = path
         self._meetings = 0
         self._writer: StateWriter | None = None
-        self._unfinished: tuple[Path, str] | None = None  # a checkpoint that is being written, and its notes
+        self._unfinished: Checkpoint | None = None  # one that is being written
 
     def agreed(self, config: RunConfig, *, resume: bool) -> RunConfig:
         """The configuration to run with: as given, with the batch of the run that goes on. Writes nothing.
@@ -108,7 +116,7 @@ class RunFolder:
         found = [Checkpoint.read(folder) for folder in folders if _NAME.fullmatch(folder.name)]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
-    def save(self, state: TrainState, data: dict[str, Any], step: int, eval_loss: float | None) -> None:
+    def save(self, state: TrainState, data: dict[str, Any], step: int) -> None:
         """Begins to write a checkpoint, which `finish` completes; `state` may be used up at once.
 
         One that was begun before has to be finished.
@@ -117,7 +125,16 @@ class RunFolder:
         self._writer = self._writer or StateWriter()
         folder = self.path / _CHECKPOINTS / f"step_{step:06d}"
         self._writer.begin(_partial(folder) / _STATE, state)
-        self._unfinished = folder, json.dumps({"step": step, "eval_loss": eval_loss, "data": data})
+        self._unfinished = Checkpoint(folder, step, data, None)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Notes the loss of evaluation of the checkpoint after `step`, if there is one, being written or finished."""
+        if self._unfinished is not None and self._unfinished.step == step:
+            self._unfinished = replace(self._unfinished, eval_loss=loss)
+        elif hosts.process_id() == 0:
+            for checkpoint in self.checkpoints():
+                if checkpoint.step == step:
+                    _write(checkpoint.folder / _REST, replace(checkpoint, eval_loss=loss).notes())
 
     def finish(self, config: CheckpointConfig, *, wait: bool) -> None:
         """Gives the checkpoint that was begun its name if all of it is on the disk, and removes those not kept.
@@ -131,28 +148,36 @@ class RunFolder:
         idle = hosts.shared(f"checkpoint {self._meetings}", str(int(self._writer.idle)))
         if not wait and not int(idle):
             return
-        (folder, notes), self._unfinished = self._unfinished, None
         self._writer.wait()
         self._meet()
+        checkpoint, self._unfinished = self._unfinished, None
         if hosts.process_id() == 0:
-            _write(_partial(folder) / _REST, notes)
-            os.replace(_partial(folder), folder)
-            _sync_folder(folder.parent)
+            partial = _partial(checkpoint.folder)
+            _write(partial / _REST, checkpoint.notes())
+            os.replace(partial, checkpoint.folder)
+            _sync_folder(checkpoint.folder.parent)
             self._prune(config)
         self._meet()
 
     def close(self, config: CheckpointConfig) -> None:
-        """Ends what writes in the background. A process by itself finishes a checkpoint that was begun."""
-        if hosts.n_processes() == 1:
-            self.finish(config, wait=True)
-        if self._writer is not None:
-            self._writer.close()
+        """Ends what writes in the background. A process by itself finishes a checkpoint that was begun.
+
+        There is one only where something else has gone wrong, which what goes wrong here does not hide.
+        """
+        try:
+            if hosts.n_processes() == 1:
+                self.finish(config, wait=True)
+        except CheckpointError as error:
+            logger.warning("%s", error)
+        finally:
+            if self._writer is not None:
+                self._writer.close()
 
     def _prune(self, config: CheckpointConfig) -> None:
         """Removes all but the last `keep` checkpoints and, with `best`, the one with the lowest loss of evaluation."""
         found = self.checkpoints()
         kept = {checkpoint.step for checkpoint in found[-config.keep :]}
-        evaluated = [(c.eval_loss, c.step) for c in found if c.eval_loss is not None]
+        evaluated = [(c.eval_loss, c.step) for c in found if c.eval_loss is not None and math.isfinite(c.eval_loss)]
         if config.best and evaluated:
             kept.add(min(evaluated)[1])
         for checkpoint in found:

@@ -91,10 +91,10 @@ def test_what_keeps_a_state_from_the_disk_is_raised_where_it_is_waited_for(tmp_p
     writer._checkpointer.close()
     writer._checkpointer = FullDisk()
     writer.begin(tmp_path / "1", state)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"1: cannot be written: .*No space left"):
         writer.begin(tmp_path / "2", state)
     writer.begin(tmp_path / "2", state)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"2: cannot be written: .*No space left"):
         writer.wait()
     writer.close()
 

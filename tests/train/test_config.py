@@ -105,6 +105,14 @@ def test_wandb_is_left_out_where_their_file_names_no_project() -> None:
         run_config(theirs | {"wandb": {"name": "p"}})
 
 
+def test_a_prompt_is_taken_as_it_stands_and_targets_are_names(tmp_path: Path) -> None:
+    settings = ("samples.prompts='Why, and how?\n'", "lora.targets=q_proj, wo")
+    config = read(tmp_path, yaml.safe_dump(OURS), *settings)
+    assert config.samples.prompts == ("Why, and how? ",)  # a line's end in YAML's quotes is a space
+    assert config.lora is not None
+    assert config.lora.targets == ("wq", "wo")
+
+
 def test_data_of_pairs_is_learned_from_as_preferences() -> None:
     config = run_config(OURS | PAIRS).config
     assert config.preference == PreferenceConfig()
@@ -181,6 +189,7 @@ def test_its_defaults_are_its_own() -> None:
         ({"data": {"preference_data": "p", "eval_instruct_data": "e"}}, "data.eval_instruct_data: is not what this"),
         ({"samples": {"max_tokens": 0}}, "samples.max_tokens: 0, expected a whole number of at least 1"),
         ({"samples": {"prompts": [""]}}, "samples.prompts: one is empty"),
+        ({"samples": {"every": 5}}, "samples.every: 5, but samples.prompts has none"),
         ({"tensorboard": "yes"}, "tensorboard: 'yes', expected true or false"),
         ({"wandb": {}}, "wandb.project: missing"),
         ({"wandb": {"project": ""}}, "wandb.project: empty, expected the name"),

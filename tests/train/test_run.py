@@ -16,16 +16,18 @@ from safetensors.numpy import load_file
 
 import ministral_jax
 from infer.sampling import SamplingParams
-from ministral_jax.errors import ConfigError
+from ministral_jax.errors import ConfigError, MinistralError
 from ministral_jax.lora import LoraConfig
 from tests.checkpoint_files import tiny_config
 from train.config import CheckpointConfig, EvalConfig, RunConfig, SamplesConfig
 from train.data.config import DataConfig
+from train.loop import Loop
 from train.memory_estimate import MemoryEstimate, require_fits
 from train.metrics import EVAL_FILE, SAMPLES_FILE, TRAIN_FILE, MetricsFile, step_flops
 from train.objective import PreferenceConfig
 from train.optimizer import OptimizerConfig
 from train.run import FINAL, RunResult, run
+from train.run_folder import Checkpoint
 
 from .event_files import scalars
 from .test_step import batch_of
@@ -129,6 +131,37 @@ def test_samples_are_what_the_adapted_model_generates(base: Path, whole: Path) -
     expected = generator.generate(prompts, SamplingParams(max_tokens=8))
     assert [row["text"] for row in told[2:]] == [tokenizer.decode(answer.ids, keep_special=True) for answer in expected]
     assert [row["text"] for row in told[:2]] != [row["text"] for row in told[2:]]
+
+
+@pytest.mark.long
+def test_a_signal_in_the_last_step_ends_a_run_as_none_does(base: Path, whole: Path, tmp_path: Path) -> None:
+    """Evaluated, sampled and exported."""
+    samples = SamplesConfig(prompts=("the 0",), max_tokens=8)
+    config = config_of(base, tmp_path / "run", eval_data=str(base / "chats.jsonl"), samples=samples)
+    assert stopped_after(STEPS - 1, config) == RunResult(STEPS, tmp_path / "run" / FINAL)
+    assert rows(tmp_path / "run", EVAL_FILE) == rows(whole, EVAL_FILE)[-1:]
+    assert rows(tmp_path / "run", SAMPLES_FILE)[0] == rows(whole, SAMPLES_FILE)[2]
+    assert Checkpoint.read(tmp_path / "run/checkpoints/step_000006").eval_loss == rows(whole, EVAL_FILE)[-1]["loss"]
+
+
+@pytest.mark.long
+def test_data_that_fails_is_told_after_what_was_learned_is_saved(base: Path, tmp_path: Path) -> None:
+    """Its checkpoint is the start of a run that ends as one in which nothing failed."""
+    config, failing = config_of(base, tmp_path / "run", checkpoints=CheckpointConfig()), [3]
+
+    def following(loop: Loop, number: int) -> Any:
+        if number in failing:
+            raise MinistralError("the data is gone")
+        return original(loop, number)
+
+    original = Loop._next
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_next", following)
+        with pytest.raises(MinistralError, match="the data is gone"):
+            run(config)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000003"]
+    assert run(config, resume=True).step == STEPS
 
 
 @pytest.mark.long
