@@ -68,7 +68,7 @@ def fp8_product(
     group_sizes: Int[Array, "E"],
 ) -> Float[Array, "M O"]:
     """`frozen_product` of all experts by a kernel, of bfloat16 rows that are rounded. Its gradient is by_blocks's."""
-    columns = x.reshape(len(x), -1, BLOCK)
+    columns = x.reshape(len(x), x.shape[1] // BLOCK, BLOCK)
     x_scale = dynamic_scale(columns, FP8_MAX)  # [M, blocks, 1]
     rows = to_fp8(columns, x_scale).reshape(x.shape)
     return grouped_matmul_fp8(rows, x_scale[..., 0], payload, scale, group_sizes)
@@ -144,8 +144,9 @@ def _backward(apply: Apply, kept: Any, d_out: Array) -> tuple[Any, None, Array, 
     def body(i: Array, sums: tuple[Any, Array]) -> tuple[Any, Array]:
         d_trained, d_x = sums
         expert, start, inside = blocks.place(i)
-        d_rows = jnp.where(inside[:, None], blocks.slice(d_padded, start), 0)
-        d_one, d_block = _branch(pull, (trained, frozen), expert, blocks.slice(padded, start), d_rows)
+        # Rows of others are zeros on both sides: what is not finite there would reach the sums as 0 times itself.
+        rows, d_rows = (jnp.where(inside[:, None], blocks.slice(array, start), 0) for array in (padded, d_padded))
+        d_one, d_block = _branch(pull, (trained, frozen), expert, rows, d_rows)
         d_trained = jax.tree.map(lambda total, part: total.at[expert].add(part), d_trained, d_one)
         return d_trained, lax.dynamic_update_slice_in_dim(d_x, d_block, start, 0)
 

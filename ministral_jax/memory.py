@@ -9,9 +9,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .cache import cached_numbers, pages_held
+from pallas_kernels.dispatch import target
+
+from .cache import entry_numbers, pages_held
 from .config import LatentAttentionConfig, ModelConfig, MoEConfig, VisionConfig, Window
 from .errors import RequestError
+from .quantization.formats import DENSE_LATENT
 
 _BYTES_PER_SCALE = 4
 _BLOCK = 128
@@ -20,14 +23,15 @@ _NF4_BLOCK = 64
 _FOUR_BITS = ("nvfp4", "nf4")
 
 # Formats that a weight file may have, in the order a table shows them.
-WEIGHT_FORMATS = ("float32", "bfloat16", "int8_channel", "fp8_tensor", "fp8_channel", "fp8_block", "nvfp4", "nf4")
+QUANTIZED_FORMATS = ("int8_channel", "fp8_tensor", "fp8_channel", "fp8_block", "nvfp4", "nf4")
+WEIGHT_FORMATS = ("float32", "bfloat16", *QUANTIZED_FORMATS)
 
 
 @dataclass(frozen=True)
 class _Matrices:
     """`count` matrices [rows, columns] of one `part` of the decoder, of which a token passes `active`.
 
-    `compact` ones are stored in a quantised format where the file has one; the others stay as they are.
+    `compact` are the quantised formats in which they are stored so; in the others they stay as they are.
     """
 
     part: str
@@ -35,13 +39,13 @@ class _Matrices:
     rows: int
     columns: int
     active: int
-    compact: bool = True
+    compact: tuple[str, ...] = QUANTIZED_FORMATS
 
     def n_bytes(self, weight_format: str) -> int:
         numbers = self.rows * self.columns
         if weight_format == "float32":
             return self.count * 4 * numbers
-        if weight_format == "bfloat16" or not self.compact:
+        if weight_format not in self.compact:
             return self.count * 2 * numbers
         return self.count * (self._payload(weight_format) + self._scales(weight_format))
 
@@ -140,18 +144,20 @@ def plan_memory(
     chunk: int = 512,
     page_size: int = 64,
     cache_dtype: str = "bfloat16",
+    platform: str | None = None,
 ) -> MemoryPlan:
     """The memory of `config` for a batch and a context, by default the longest that it was published for.
 
     A windowed group keeps min(length, window + chunk) tokens rounded up to pages, as `cache.plan_cache` allocates it; a
-    latent-attention layer keeps its latent and the rotated part of one key. Raises RequestError for a size that is not
+    latent-attention layer keeps its latent and the rotated part of one key, on a TPU filled up. `platform` is that of
+    the devices, by default jax's. Raises RequestError for a size that is not
     positive.
     """
     length = config.max_length if length is None else length
     for name, value in (("length", length), ("batch", batch), ("chunk", chunk), ("page_size", page_size)):
         if value < 1:
             raise RequestError(f"{name}={value}: expected a positive number")
-    token_bytes = cached_numbers(config) * jnp.dtype(cache_dtype).itemsize
+    token_bytes = entry_numbers(config, platform or target().platform) * jnp.dtype(cache_dtype).itemsize
 
     def group(window: Window, layers: tuple[int, ...]) -> GroupMemory:
         held = pages_held(length, window, chunk, page_size)
@@ -226,13 +232,15 @@ def _attention(config: ModelConfig) -> Iterator[_Matrices]:
 
 def _latent_attention(config: ModelConfig, latent: LatentAttentionConfig) -> Iterator[_Matrices]:
     n = config.n_layers
-    for rows, columns, compact in (
-        (latent.q_rank, config.dim, False),
-        (config.n_heads * config.head_dim, latent.q_rank, True),
-        (latent.kv_rank + latent.rope_head_dim, config.dim, False),
-        (config.n_heads * (latent.nope_head_dim + latent.v_head_dim), latent.kv_rank, True),
-        (config.dim, config.n_heads * latent.v_head_dim, True),
-    ):
+    shapes = {
+        "wq_a": (latent.q_rank, config.dim),
+        "wq_b": (config.n_heads * config.head_dim, latent.q_rank),
+        "wkv_a_with_mqa": (latent.kv_rank + latent.rope_head_dim, config.dim),
+        "wkv_b": (config.n_heads * (latent.nope_head_dim + latent.v_head_dim), latent.kv_rank),
+        "wo": (config.dim, config.n_heads * latent.v_head_dim),
+    }
+    for name, (rows, columns) in shapes.items():
+        compact = tuple(kind for kind, dense in DENSE_LATENT.items() if name not in dense)
         yield _Matrices("attention", n, rows, columns, n, compact)
 
 
@@ -242,7 +250,7 @@ def _feed_forward(part: str, dim: int, hidden_dim: int, count: int, active: int)
 
 
 def _experts(moe: MoEConfig, dim: int, n_layers: int) -> Iterator[_Matrices]:
-    yield _Matrices("experts", n_layers, moe.n_experts, dim, n_layers, compact=False)  # the router
+    yield _Matrices("experts", n_layers, moe.n_experts, dim, n_layers, compact=())  # the router
     chosen, all_of_them = n_layers * moe.experts_per_token, n_layers * moe.n_experts
     yield from _feed_forward("experts", dim, moe.expert_hidden_dim, all_of_them, chosen)
     if moe.n_shared_experts:  # one feed-forward, as wide as all shared experts together

@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .reference import FP8_BLOCK
+
 INT32 = np.iinfo(np.int32)
 
 
@@ -109,6 +111,17 @@ def check_grouped_arrays(x: Any, w: Any, group_sizes: Any) -> None:
         raise ValueError(
             f"group_sizes is {_described(group_sizes)}: expected integers, one for each of {len(w)} groups"
         )
+
+
+def check_block_scales(x_scale: Any, w_scale: Any, x: Any, w: Any) -> None:
+    """Raises ValueError unless x_scale [M, I / 128] and w_scale [E, O / 128, I / 128] are of x [M, I], w [E, O, I]."""
+    n_blocks = x.shape[1] // FP8_BLOCK
+    for name, array, expected in (
+        ("x_scale", x_scale, (x.shape[0], n_blocks)),
+        ("w_scale", w_scale, (w.shape[0], w.shape[1] // FP8_BLOCK, n_blocks)),
+    ):
+        if getattr(array, "shape", None) != expected or getattr(array, "dtype", None) != jnp.float32:
+            raise ValueError(f"{name} is {_described(array)}: expected float32 {list(expected)}")
 
 
 def _is_integer_array(value: Any) -> bool:

@@ -41,6 +41,11 @@ def _refused_by_hopper_kernel(problem: GroupedProblem) -> str | None:
     return reason or importlib.import_module(".gpu.grouped", __package__).unsupported(problem.dtype, problem.widths)
 
 
+def _refused_by_fp8_kernel(problem: GroupedProblem) -> str | None:
+    kernel = importlib.import_module(".gpu.grouped", __package__)
+    return refused_unless_hopper(problem) or kernel.unsupported(problem.dtype, problem.widths, (kernel.FP8,))
+
+
 TABLE: dict[str, Row[GroupedProblem]] = {
     "pallas_tpu": Row(".tpu.grouped", "grouped_matmul_tpu", ("tpu",), None, _refused_by_tpu_kernel, interpretable=True),
     "pallas_gpu": Row(
@@ -54,7 +59,7 @@ TABLE: dict[str, Row[GroupedProblem]] = {
 # Of grouped_matmul_fp8: where there is no kernel, its caller has something better than the definition.
 FP8_TABLE: dict[str, Row[GroupedProblem]] = {
     "pallas_gpu": Row(
-        ".gpu.grouped", "grouped_matmul_fp8_gpu", ("gpu",), None, _refused_by_hopper_kernel, interpretable=True
+        ".gpu.grouped", "grouped_matmul_fp8_gpu", ("gpu",), None, _refused_by_fp8_kernel, interpretable=True
     ),
     "reference": Row(
         ".reference", "grouped_matmul_fp8_reference", ("cpu", "gpu", "tpu"), None, refuses_nothing, automatic=False

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from .arguments import check_block_scales, check_grouped_arrays
 from .dispatch import automatic, choose, target
 from .grouped_dispatch import FP8_TABLE, GroupedProblem
 
@@ -33,8 +34,12 @@ def grouped_matmul_fp8(
       w_scale: of each 128 x 128 block of the matrices, float32.
       group_sizes, interpret: as for `grouped_matmul`.
 
-    Raises ValueError where the implementation cannot serve the call, with the reason.
+    Raises ValueError for arguments that do not fit together, or that the implementation cannot serve, with the reason.
     """
+    check_grouped_arrays(x, w, group_sizes)
+    check_block_scales(x_scale, w_scale, x, w)
+    if implementation not in FP8_TABLE:
+        raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(FP8_TABLE)}")
     run = choose("grouped_matmul_fp8", FP8_TABLE, implementation, _problem(w, bool(interpret)))
     if not len(x):
         return jnp.zeros((0, w.shape[1]), jnp.bfloat16)

@@ -79,6 +79,7 @@ def add_command(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Inspects and prints. Raises CheckpointError, after that, if the weight files do not fit the config."""
     from ..memory import plan_memory
+    from ..sharding.plan import platform_of
 
     subject = _find(arguments)
     if arguments.context is not None and arguments.context > subject.config.max_length:
@@ -86,7 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
     files = None if subject.folder is None else _report_files(subject.folder, subject.config)
     dtype = _choose_dtype(arguments.dtype, files)
     cache_dtype = arguments.cache_dtype or dtype
-    plan = plan_memory(subject.config, length=arguments.context, batch=arguments.batch, cache_dtype=cache_dtype)
+    plan = plan_memory(
+        subject.config,
+        length=arguments.context,
+        batch=arguments.batch,
+        cache_dtype=cache_dtype,
+        platform=platform_of(arguments.device_memory),
+    )
     mesh = _plan_mesh(arguments, subject.config, dtype, cache_dtype)
     if arguments.json:
         write_json(_document(subject, files, dtype, plan, mesh))

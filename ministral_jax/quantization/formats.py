@@ -23,6 +23,19 @@ from .nvfp4 import Nvfp4Weight
 from .rounding import FP8
 from .weight import QuantizedProduct, QuantizedWeight, frozen_product
 
+LATENT_PROJECTIONS = ("wq_a", "wq_b", "wkv_a_with_mqa", "wkv_b", "wo")
+# What stays dense of latent attention: in FP8 blocks as in Large 3, whose first projections are no multiple of a block;
+# with one scale nothing and with NVFP4 all, as in Small 4.
+_FIRST = ("wq_a", "wkv_a_with_mqa")
+DENSE_LATENT: Mapping[QuantizationFormat, tuple[str, ...]] = {
+    "int8_channel": _FIRST,
+    "fp8_tensor": (),
+    "fp8_channel": _FIRST,
+    "fp8_block": _FIRST,
+    "nvfp4": LATENT_PROJECTIONS,
+    "nf4": _FIRST,
+}
+
 ROWS_AND_COLUMNS, ROWS, NOTHING = (0, 1), (0,), ()
 
 

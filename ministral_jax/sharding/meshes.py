@@ -112,7 +112,8 @@ def default_sizes(config: ModelConfig, n_devices: int, *, training: bool = False
     left = n_devices
     if not training:
         keys = config.n_heads if config.latent else config.n_kv_heads
-        common = math.gcd(config.n_heads, keys, config.hidden_dim, config.vocab_size, left)
+        hidden = config.hidden_dim if config.moe is None else math.gcd(config.hidden_dim, config.moe.expert_hidden_dim)
+        common = math.gcd(config.n_heads, keys, hidden, config.vocab_size, left)
         sizes["tensor"] = max(t for t in range(1, min(common, LARGEST_TENSOR) + 1) if common % t == 0)
         left //= sizes["tensor"]
     if config.moe is not None:

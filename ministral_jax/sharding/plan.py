@@ -19,6 +19,7 @@ from ..errors import ShardingError
 from ..linear import projections
 from ..parameters import ParameterSpec, parameter_specs
 from ..quantization import LinearFormat
+from ..quantization.formats import DENSE_LATENT
 from ..transformer import Transformer
 from .layout import Layout, layout_for
 from .meshes import REST, show_mesh
@@ -42,8 +43,6 @@ DEVICE_MEMORY: Mapping[str, int] = {
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 # What weights and cache may take of it: programs, activations and what the runtime keeps have to go somewhere.
 USABLE = 0.9
-# Projections of the decoder that no published file quantises.
-NEVER_QUANTIZED = ("wq_a", "wkv_a_with_mqa")
 
 
 @dataclass(frozen=True)
@@ -145,13 +144,13 @@ def plan_sharding(
 def planned_model(config: ModelConfig, dtype: DTypeLike, layout: Layout | None = None) -> Transformer:
     """The model, abstract, with its projections stored as published files of the config's format have them.
 
-    Embeddings, head, routers, what reads images, and the matrices that go down to a latent are in `dtype`.
+    Embeddings, head, routers, what reads images, and DENSE_LATENT of latent attention are in `dtype`.
     """
     model = Transformer(config, dtype, layout=layout)
     if config.quantization:
         stored = LinearFormat(config.quantization.format, config.quantization.activations)
         for name, linear in projections(model).items():
-            if name.startswith("layers.") and name.rpartition(".")[2] not in NEVER_QUANTIZED:
+            if name.startswith("layers.") and name.rpartition(".")[2] not in DENSE_LATENT[stored.format]:
                 linear.store_as(stored)
     return model
 

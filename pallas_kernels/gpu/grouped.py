@@ -23,12 +23,12 @@ WIDTH = 64  # inputs and outputs come in multiples of it: a swizzled row, and th
 INTERPRETED_PROGRAMS = 2
 
 
-def unsupported(dtype: str, widths: tuple[int, int]) -> str | None:
-    """Why the Hopper kernels cannot take x and w of this dtype and these widths (I, O), in one line; else None."""
+def unsupported(dtype: str, widths: tuple[int, int], dtypes: tuple[str, ...] = DTYPES) -> str | None:
+    """Why the kernel for `dtypes` cannot take x and w of this dtype and these widths (I, O), in one line; else None."""
     if jax.__version_info__[:2] < OLDEST_JAX:
         return f"the Hopper kernels need jax >= 0.11, found {jax.__version__}"
-    if dtype not in (*DTYPES, FP8):
-        return f"x is {dtype}: the Hopper kernels take {' or '.join(DTYPES)}"
+    if dtype not in dtypes:
+        return f"x is {dtype}: this Hopper kernel takes {' or '.join(dtypes)}"
     multiple = FP8_BLOCK if dtype == FP8 else WIDTH
     if any(width % multiple for width in widths):
         return f"widths (in, out) are {widths}: the Hopper kernels take multiples of {multiple}"

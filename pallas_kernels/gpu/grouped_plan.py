@@ -68,8 +68,9 @@ def plan_product(n_rows: int, n_experts: int, n_out: int, programs: int, widest:
 
 def plan_gradient(n_out: int, n_in: int, programs: int) -> GroupedPlan:
     """For gradients of matrices [O, I], both multiples of 64: there a tile's rows are outputs, its columns inputs."""
-    rows = 2 * ROWS_EACH if n_out % (2 * ROWS_EACH) == 0 else ROWS_EACH
     columns = next(width for width in WIDTHS if n_in % width == 0)
+    # Each of two consumers takes half of the columns, no fewer than a swizzled row has.
+    rows = 2 * ROWS_EACH if n_out % (2 * ROWS_EACH) == 0 and columns > CHUNK else ROWS_EACH
     return GroupedPlan(rows, columns, 1, programs).with_most_stages()
 
 

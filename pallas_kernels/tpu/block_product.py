@@ -16,8 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 BLOCK = 128
-# Of one grid step: bytes of the matrix, of which two parts are in flight, and rows of activations.
-MATRIX_BYTES, MOST_ROWS, MOST_OUT = 4 * 2**20, 128, 512
+# Of one grid step: bytes of the matrix and of activations, of both of which two parts are in flight, and their rows.
+MATRIX_BYTES, MOST_OUT = 4 * 2**20, 512
+ROW_BYTES, MOST_ROWS = 2 * 2**20, 128
 LEAST_ROWS = 16  # a tile of bfloat16
 
 
@@ -34,7 +35,10 @@ def block_product(
     O and I are multiples of 128. Not differentiable.
     """
     (n_rows, n_in), n_out = x.shape, len(payload)
-    rows = min(-(-n_rows // LEAST_ROWS) * LEAST_ROWS, MOST_ROWS)
+    if not n_rows:
+        return jnp.zeros((0, n_out), jnp.float32)
+    most = min(MOST_ROWS, ROW_BYTES // (n_in * x.dtype.itemsize) // LEAST_ROWS * LEAST_ROWS)
+    rows = max(LEAST_ROWS, min(-(-n_rows // LEAST_ROWS) * LEAST_ROWS, most))
     filling = ((0, -n_rows % rows), (0, 0))
     x_scale = jnp.ones((n_rows, n_in // BLOCK), jnp.float32) if x_scale is None else x_scale
     x, x_scale = jnp.pad(x, filling), jnp.pad(x_scale, filling)

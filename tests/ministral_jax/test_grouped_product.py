@@ -100,6 +100,20 @@ def test_gradients_are_those_of_the_dense_formula(n_experts: int) -> None:
         np.testing.assert_allclose(found, wanted, rtol=0, atol=CLOSE * float(np.ptp(wanted)))
 
 
+def test_rows_of_no_expert_that_are_no_numbers_reach_no_gradient() -> None:
+    rng, sizes = np.random.default_rng(0), jnp.asarray([20, 25], jnp.int32)
+    x = jnp.asarray(rng.normal(size=(60, 8)), jnp.float32).at[50:].set(jnp.nan)
+    w = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)
+
+    def total(x: Any, w: Any) -> Any:
+        return jnp.sum(grouped_product(x, w, sizes, implementation="blocks"))
+
+    d_x, d_w = jax.jit(jax.grad(total, (0, 1)), compiler_options=QUICK)(x, w)
+    assert np.isfinite(np.asarray(d_w)).all()
+    assert not np.asarray(d_x)[45:].any()
+    np.testing.assert_allclose(np.asarray(d_w)[0], np.tile(np.asarray(x)[:20].sum(axis=0), (4, 1)), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("rows", "experts"), [(1024, 8), (2048, 64), (10**6, 8)])
 def test_blocks_fill_up_large_shares_by_half_at_most(rows: int, experts: int) -> None:
     share, block = rows // experts, rows_per_block(rows, experts, "cpu")

@@ -166,12 +166,21 @@ def test_blocks_at_the_border_have_a_scale_of_their_own() -> None:
 def test_low_rank_projections_and_routers_stay_in_bfloat16() -> None:
     config = catalog.find("mistral-large-3-675b-base-2512").config
     kept = 58 * 128 * 7168 + 61 * (1536 + 576) * 7168  # routers, wq_a and wkv_a_with_mqa
-    half = weight_bytes(config, "bfloat16") - weight_bytes(config, "fp8_tensor")
-    moved = (
-        count_parameters(config).experts + count_parameters(config).attention + count_parameters(config).feed_forward
-    )
-    scales = 4 * (61 * 3 + 3 * 3 + 58 * 3 * 129)
-    assert half == moved - kept - scales
+    half = weight_bytes(config, "bfloat16") - weight_bytes(config, "fp8_channel")
+    count = count_parameters(config)
+    moved = count.experts + count.attention + count.feed_forward
+    rows = 61 * (128 * 192 + 128 * 256 + 7168) + 3 * (2 * 16384 + 7168) + 58 * 129 * (2 * 4096 + 7168)
+    assert half == moved - kept - 4 * rows
+
+
+def test_one_scale_leaves_nothing_of_latent_attention_dense_and_nvfp4_leaves_all() -> None:
+    config = catalog.find("mistral-large-3-675b-base-2512").config
+    count, routers = count_parameters(config), 58 * 128 * 7168
+    moved = count.experts + count.feed_forward - routers
+    scales = 4 * (61 * 5 + 3 * 3 + 58 * 3 * 129)
+    assert weight_bytes(config, "bfloat16") - weight_bytes(config, "fp8_tensor") == moved + count.attention - scales
+    nvfp4 = moved // 2 + moved // 16 + 4 * (3 * 3 + 58 * 3 * 129)
+    assert weight_bytes(config, "nvfp4") == 2 * (count.total - moved) + nvfp4
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 4096])
@@ -208,6 +217,12 @@ def test_ministral_8b_at_its_full_length_keeps_seven_sixteenths_of_a_full_cache(
 def test_latent_attention_keeps_the_latent_and_one_rotated_key() -> None:
     plan = plan_memory(catalog.find("mistral-large-3-675b-base-2512").config, length=64 * 100, page_size=64)
     assert plan.cache_bytes == 61 * (64 * 100 + 64) * 576 * 2
+    assert (
+        plan_memory(
+            catalog.find("mistral-large-3-675b-base-2512").config, length=64 * 100, page_size=64, platform="tpu"
+        ).cache_bytes
+        == 61 * (64 * 100 + 64) * 640 * 2
+    )
 
 
 def test_the_plan_is_json() -> None:

@@ -41,7 +41,9 @@ def test_every_block_has_its_own_scale(rows: int, n_out: int, n_in: int, rounded
 @pytest.mark.aot
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
-@pytest.mark.parametrize(("rows", "n_out", "n_in"), [(4, 7168, 16384), (512, 4096, 7168), (16, 512, 7168)])
+@pytest.mark.parametrize(
+    ("rows", "n_out", "n_in"), [(4, 7168, 16384), (512, 4096, 7168), (16, 512, 7168), (512, 5120, 32768)]
+)
 def test_it_compiles_and_copies_nothing(chip, rows: int, n_out: int, n_in: int) -> None:
     """Of a loop too, where XLA hoists copies of what it would rather have in another order."""
     from pallas_kernels.tpu.ahead_of_time import compile_for

@@ -45,6 +45,8 @@ class Shape:
 MIXTRAL = [Shape(M, 8, *widths) for widths in ((14336, 4096), (4096, 14336)) for M in (16384, 128, 2)]
 LARGE_3 = [Shape(M, 128, *widths) for widths in ((4096, 7168), (7168, 4096)) for M in (32768, 512)]
 
+NARROW = Shape(512, 4, 128, 192)  # inputs an odd multiple of 64, outputs of 128
+
 
 def product(operands: Any) -> Any:
     from pallas_kernels.gpu.grouped import grouped_matmul_gpu
@@ -116,7 +118,7 @@ def test_the_gradient_by_rows_reads_the_matrices_as_they_lie(
     assert set(re.findall(r"\.tnsp\w", report)) == {".tnspB"}
 
 
-@pytest.mark.parametrize("shape", [MIXTRAL[0], MIXTRAL[3], LARGE_3[0]], ids=str)
+@pytest.mark.parametrize("shape", [MIXTRAL[0], MIXTRAL[3], LARGE_3[0], NARROW], ids=str)
 def test_the_gradient_by_matrices_compiles_without_spills(
     shape: Shape, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

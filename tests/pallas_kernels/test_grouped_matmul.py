@@ -191,6 +191,48 @@ def test_arrays_that_do_not_fit_are_named_in_one_line(arguments: Any, message: s
     assert "\n" not in str(caught.value)
 
 
+def fp8_arguments(**other: Any) -> dict[str, Any]:
+    """Of a call that fits, but for `other`."""
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "x": ((6, 256), jnp.float8_e4m3fn),
+        "x_scale": ((6, 2), jnp.float32),
+        "w": ((3, 128, 256), jnp.float8_e4m3fn),
+        "w_scale": ((3, 1, 2), jnp.float32),
+        "group_sizes": ((3,), jnp.int32),
+    }
+    return {name: jnp.zeros(*made) for name, made in shapes.items()} | other
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"x_scale": jnp.zeros((6, 1))}, r"x_scale is float32\[6, 1\]: expected float32 \[6, 2\]"),
+        ({"w_scale": jnp.zeros((3, 2, 1))}, r"w_scale is float32\[3, 2, 1\]: expected float32 \[3, 1, 2\]"),
+        ({"x": jnp.zeros((6, 256), jnp.bfloat16)}, "w is float8_e4m3fn, x is bfloat16"),
+        ({"implementation": "xla"}, "implementation='xla': expected one of pallas_gpu, reference"),
+    ],
+)
+def test_arrays_in_eight_bits_that_do_not_fit_are_named_in_one_line(other: dict[str, Any], message: str) -> None:
+    call: Any = getattr(grouped_matmul_fp8, "__wrapped__", grouped_matmul_fp8)
+    assert call(**fp8_arguments(implementation="reference")).shape == (6, 128)
+    with pytest.raises(ValueError, match=message) as caught:
+        call(**fp8_arguments(**({"implementation": "reference"} | other)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="refused for its age before")
+def test_each_hopper_kernel_takes_its_own_dtypes() -> None:
+    from pallas_kernels.grouped_dispatch import FP8_TABLE
+
+    for table, name, taken, refused in (
+        (TABLE, "grouped_matmul", "bfloat16", "float8_e4m3fn"),
+        (FP8_TABLE, "grouped_matmul_fp8", "float8_e4m3fn", "bfloat16"),
+    ):
+        dispatch.choose(name, table, "pallas_gpu", GroupedProblem(H200, taken, (128, 128), False))
+        with pytest.raises(ValueError, match=f"x is {refused}: this Hopper kernel takes"):
+            dispatch.choose(name, table, "pallas_gpu", GroupedProblem(H200, refused, (128, 128), False))
+
+
 def test_an_unknown_implementation_is_named() -> None:
     with pytest.raises(ValueError, match="implementation='fast': expected one of auto, reference, xla, pallas_tpu"):
         unchecked(jnp.zeros((2, 4)), jnp.zeros((2, 3, 4)), jnp.zeros(2, jnp.int32), implementation="fast")

@@ -10,23 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...config import ModelConfig, QuantizationConfig, QuantizationFormat
+from ...config import ModelConfig, QuantizationConfig
 from ...config_files import Layout
 from ...config_files.quantization_block import NF4_METHOD
 from ...quantization import LinearFormat
+from ...quantization.formats import DENSE_LATENT, LATENT_PROJECTIONS
 
-_LATENT = ("wq_a", "wq_b", "wkv_a_with_mqa", "wkv_b", "wo")
-# Of latent attention: as in Large 3 in FP8 blocks, whose first projections are no multiple of a block; with one scale
-# nothing, as in Small 4; with NVFP4 all, as in Small 4.
-_FIRST = ("wq_a", "wkv_a_with_mqa")
-DENSE_LATENT: Mapping[QuantizationFormat, tuple[str, ...]] = {
-    "int8_channel": _FIRST,
-    "fp8_tensor": (),
-    "fp8_channel": _FIRST,
-    "fp8_block": _FIRST,
-    "nvfp4": _LATENT,
-    "nf4": _FIRST,
-}
 # What compressed-tensors is to leave alone, in the words of each layout's runtime. vLLM gives the modules of latent
 # attention the names of the HF layout in both.
 _VISION: Mapping[Layout, tuple[str, ...]] = {
@@ -45,7 +34,7 @@ def quantized_modules(stored: LinearFormat, config: ModelConfig) -> re.Pattern[s
     """The modules that are quantised, by their canonical names."""
     attention = ["wq", "wk", "wv", "wo"]
     if config.latent is not None:
-        attention = [part for part in _LATENT if part not in DENSE_LATENT[stored.format]]
+        attention = [part for part in LATENT_PROJECTIONS if part not in DENSE_LATENT[stored.format]]
     feed_forward = r"(feed_forward|(feed_forward\.)?(experts\.[0-9]+|shared_experts))\.w[123]"
     return re.compile(rf"layers\.[0-9]+\.(attention\.({'|'.join(attention) or '(?!)'})|{feed_forward})")
 
@@ -67,7 +56,7 @@ def _ignored(stored: LinearFormat, layout: Layout, config: ModelConfig) -> list[
     if config.moe is not None:
         ignored += _ROUTERS
     if config.latent is not None and DENSE_LATENT[stored.format]:
-        ignored += _ALL_LATENT if DENSE_LATENT[stored.format] == _LATENT else _FIRST_LATENT[layout]
+        ignored += _ALL_LATENT if DENSE_LATENT[stored.format] == LATENT_PROJECTIONS else _FIRST_LATENT[layout]
     return [*ignored, *(_VISION[layout] if config.vision else ())]
 
 
