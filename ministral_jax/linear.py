@@ -138,7 +138,9 @@ def _low_rank_backward(scale: float, residuals: tuple[Array, ...], d_out: Array)
     d_inner = (scale * _contract("...O,OR->...R", d_out, up.astype(x.dtype))).astype(x.dtype)
     d_x = jnp.einsum("...R,RI->...I", d_inner, down.astype(x.dtype))
     # The operand of R columns comes first: XLA's CPU backend transposes that one, and the other is many times larger.
-    return d_x, _over_tokens(d_inner, x).astype(down.dtype), _over_tokens(inner, d_out).T.astype(up.dtype)
+    # In 16 bits it has no product whose result is transposed.
+    d_up = _over_tokens(inner, d_out).T if x.dtype == jnp.float32 else _over_tokens(d_out, inner)
+    return d_x, _over_tokens(d_inner, x).astype(down.dtype), d_up.astype(up.dtype)
 
 
 _contract: Any = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -249,10 +249,8 @@ def _gradients(
             d_probs = jnp.einsum("BKGTH,BKSH->BKGTS", d_out_block, v_block, **f32)
             d_scores = (probs * (d_probs - delta_block) * shape.scale).astype(q.dtype)
             dq_block += jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k_block, **f32)
-            # Transposed, with the narrow operand first: XLA's CPU backend copies the first into the order that it
-            # contracts in, and for scores that took as long as the product.
-            dk_block = jnp.einsum("BKGTH,BKGTS->BKHS", q_block, d_scores, **f32).mT
-            dv_block = jnp.einsum("BKGTH,BKGTS->BKHS", d_out_block, probs.astype(q.dtype), **f32).mT
+            dk_block = _over_queries(d_scores, q_block)
+            dv_block = _over_queries(probs.astype(q.dtype), d_out_block)
             return dq_block, _add_at(dk, dk_block, k_start), _add_at(dv, dv_block, k_start)
 
         dq_start = jnp.zeros(q_block.shape, jnp.float32)
@@ -264,6 +262,15 @@ def _gradients(
     (dk, dv), dq_blocks = jax.lax.scan(one_query_block, sums, starts)
     dq = jnp.moveaxis(dq_blocks, 0, 3).reshape(q.shape)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _over_queries(scores: Float[Array, "B K G T S"], rows: Float[Array, "B K G T H"]) -> Float[Array, "B K S H"]:
+    """`scores.T @ rows`, summed over queries and the heads of a group, in float32."""
+    if scores.dtype != jnp.float32:
+        return jnp.einsum("BKGTS,BKGTH->BKSH", scores, rows, preferred_element_type=jnp.float32)
+    # Transposed, with the narrow operand first: XLA's CPU backend copies the first into the order that it contracts in,
+    # and for scores that took as long as the product. In 16 bits it cannot run some products that are written so.
+    return jnp.einsum("BKGTH,BKGTS->BKHS", rows, scores).mT
 
 
 def _add_at(total: Array, block: Array, start: Array) -> Array:

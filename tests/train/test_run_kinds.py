@@ -139,7 +139,7 @@ def test_a_file_of_mistral_finetune_runs_from_its_yaml_to_the_result(base: Path,
     file = tmp_path / "7B.yaml"
     file.write_text(yaml.safe_dump(document))
     config, notes = read_run_config(file)
-    assert any(note.startswith("wandb: not there") for note in notes)
+    assert any(note.startswith("wandb.project: names none") for note in notes)
     result = run(config)
     assert result.step == 8
     assert [row["step"] for row in rows(tmp_path / "run", EVAL_FILE)] == [4, 8]
