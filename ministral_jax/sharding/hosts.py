@@ -109,6 +109,7 @@ def start(options: HostOptions | None = None, *, supervised: bool = False) -> Pl
     the others when one is lost is jax's own abort, with its words.
     Raises HostsError in one line, within `start_seconds`, if the others do not come.
     """
+    global _watcher
     options = options or HostOptions()
     place = find_place(options)
     if place is None:
@@ -118,7 +119,8 @@ def start(options: HostOptions | None = None, *, supervised: bool = False) -> Pl
         supervise(place.coordinator, place.processes, place.process_id)
     call_roll(place.coordinator, place.processes, place.process_id, options.start_seconds)
     _initialize(place, options)
-    threading.Thread(target=_end_with_failed_peer, daemon=True).start()
+    _watcher = threading.Thread(target=_end_with_failed_peer, daemon=True)
+    _watcher.start()
     return place
 
 
@@ -186,6 +188,10 @@ def stop() -> None:
     import jax
 
     jax.distributed.shutdown()
+    if (
+        _watcher is not None
+    ):  # else it may come back from C++ into an interpreter that is gone, which aborts the process
+        _watcher.join(_WATCH_MILLISECONDS / 1000)
 
 
 def announce_failure(reason: str, error: BaseException | None = None) -> None:
@@ -224,6 +230,7 @@ def leave(code: int) -> None:
 
 
 _ending = threading.Event()
+_watcher: threading.Thread | None = None
 _heartbeat_seconds: float = HEARTBEAT_SECONDS
 
 

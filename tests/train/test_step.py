@@ -38,11 +38,11 @@ CONFIG = OptimizerConfig(learning_rate=0.1, steps=10, epsilon=1e-2, schedule="co
 
 def model_of(
     *, rank: int = 0, dropout: float = 0.0, windows: tuple[Window, ...] = (5, 5), layout: Layout | None = None,
-    dtype: Any = jnp.float32, stored: LinearFormat | None = None,
+    dtype: Any = jnp.float32, stored: LinearFormat | None = None, attention: Any = "reference",
 ) -> StackedTransformer:  # fmt: skip
     """Random, and the same on every layout; adapters not at their beginning, where half of them have no gradient."""
     config = tiny_config("ministral3", n_layers=len(windows), windows=windows)
-    layers = Transformer(config, dtype, attention="reference", layout=layout)
+    layers = Transformer(config, dtype, attention=attention, layout=layout)
     for projection in projections(layers).values() if stored else ():
         assert stored is not None
         projection.store_as(stored)
@@ -223,6 +223,17 @@ def test_without_adapters_all_is_trained_on_copies_that_are_float32() -> None:
     assert 2.5e-5 < moved.max() < 3.5e-5
     computed = step.model(state.trained, {}, None)
     assert {array.dtype for array in parameters(computed).values()} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("attention", ["reference", "xla"])
+def test_adapters_in_a_bfloat16_model_get_the_gradients_of_float32(attention: str) -> None:
+    """As compiled without the tests' short cuts: XLA's CPU backend cannot run every product of 16 bits."""
+    _, expected = run(adapter_step(), model_of(rank=3), in_microbatches(batch_of(), 1))
+    model = model_of(rank=3, dtype=jnp.bfloat16, attention=attention)
+    _, found = run(TrainStep(model, Optimizer(CONFIG, trained_specs(model))), model, in_microbatches(batch_of(), 1))
+    np.testing.assert_allclose(float(found.loss), float(expected.loss), rtol=2e-2)
+    np.testing.assert_allclose(float(found.gradient_norm), float(expected.gradient_norm), rtol=5e-2)
 
 
 def test_quantised_weights_without_adapters_are_refused() -> None:
