@@ -82,13 +82,12 @@ def assert_far(found: np.ndarray, plain: np.ndarray) -> None:
     assert np.abs(found - plain).max() > 0.1 * np.ptp(plain)
 
 
-@KINDS
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_peft_answers_with_our_adapter_as_we_do(name: str, kind: str, tmp_path: Path) -> None:
+def require_peft_to_answer_as_we_do(name: str, config: LoraConfig, tmp_path: Path) -> None:
+    """With our adapter of random matrices, beside the weights and merged."""
     peft = pytest.importorskip("peft")
     base = ministral_jax.load(write_hf(by_name(name), tmp_path / "base"))
     plain, tokens = our_logits(base, token_ids(by_name(name))), token_ids(by_name(name))
-    model = widened(base, CONFIGS[kind])
+    model = widened(base, config)
     save_adapter(tmp_path / "lora", model, to="hf", base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(torch_model(name), tmp_path / "lora").eval()
     state = peft.get_peft_model_state_dict(theirs)
@@ -100,6 +99,12 @@ def test_peft_answers_with_our_adapter_as_we_do(name: str, kind: str, tmp_path: 
     assert_close(
         our_logits(ministral_jax.load(tmp_path / "merged"), tokens), their_logits(theirs.merge_and_unload(), tokens)
     )
+
+
+@KINDS
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_peft_answers_with_our_adapter_as_we_do(name: str, kind: str, tmp_path: Path) -> None:
+    require_peft_to_answer_as_we_do(name, CONFIGS[kind], tmp_path)
 
 
 THEIRS: dict[str, dict[str, Any]] = {
@@ -155,21 +160,7 @@ def test_an_adapter_of_a_base_that_peft_has_experts_fused_in() -> None:
 @EXPERT_KINDS
 @pytest.mark.parametrize("kind", OF_EXPERTS)
 def test_peft_answers_with_our_adapter_of_experts_as_we_do(name: str, kind: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    base = ministral_jax.load(write_hf(by_name(name), tmp_path / "base"))
-    plain, tokens = our_logits(base, token_ids(by_name(name))), token_ids(by_name(name))
-    model = widened(base, OF_EXPERTS[kind])
-    save_adapter(tmp_path / "lora", model, to="hf", base=str(tmp_path / "base"))
-    theirs = peft.PeftModel.from_pretrained(torch_model(name), tmp_path / "lora").eval()
-    state = peft.get_peft_model_state_dict(theirs)
-    assert state.keys() == load_file(tmp_path / "lora" / "adapter_model.safetensors").keys()
-    ours = our_logits(model, tokens)
-    assert_close(ours, their_logits(theirs, tokens))
-    assert_far(ours, plain)
-    merge(tmp_path / "base", tmp_path / "lora", tmp_path / "merged")
-    assert_close(
-        our_logits(ministral_jax.load(tmp_path / "merged"), tokens), their_logits(theirs.merge_and_unload(), tokens)
-    )
+    require_peft_to_answer_as_we_do(name, OF_EXPERTS[kind], tmp_path)
 
 
 THEIRS_OF_EXPERTS: dict[str, dict[str, Any]] = {
