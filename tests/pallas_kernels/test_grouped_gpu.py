@@ -296,7 +296,7 @@ def test_nothing_is_caught_where_no_bug_was_planted(kernel: str) -> None:
 @pytest.mark.parametrize(
     ("x", "w", "message"),
     [
-        (jnp.zeros((4, 64)), jnp.zeros((1, 64, 64)), "x is float32: the Hopper kernels take bfloat16 or float16"),
+        (jnp.zeros((4, 64)), jnp.zeros((1, 64, 64)), "x is float32: this Hopper kernel takes bfloat16 or float16"),
         (jnp.zeros((4, 96), jnp.bfloat16), jnp.zeros((1, 64, 96), jnp.bfloat16), r"widths \(in, out\) are \(96, 64\)"),
     ],
 )
