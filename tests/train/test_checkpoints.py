@@ -74,6 +74,26 @@ def test_a_state_that_is_being_written_may_be_used_up_by_the_next_steps(tmp_path
     assert (int(first.step), int(restore_state(tmp_path / "4", state).step)) == (1, 4)
 
 
+class Interrupted:
+    """What is being written, when Ctrl-C ends the waiting for it."""
+
+    def result(self) -> None:
+        raise KeyboardInterrupt
+
+    def done(self) -> bool:
+        return False
+
+
+def test_an_interrupted_wait_does_not_take_a_state_for_written() -> None:
+    """Else a checkpoint could get its name half-written."""
+    writer: Any = StateWriter()
+    writer._written = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        writer.wait()
+    assert not writer.idle
+    writer.close()
+
+
 class FullDisk:
     """A checkpointer that fails in the background."""
 

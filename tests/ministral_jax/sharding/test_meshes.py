@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -88,3 +89,5 @@ def test_defaults_for_the_usual_machines():
     assert show_mesh(default_sizes(config, 8, training=True)) == "fsdp=8"
     large = next(entry.config for entry in MODELS if entry.config.latent)
     assert default_sizes(large, 64)["expert"] > 1
+    narrow = dataclasses.replace(large, moe=dataclasses.replace(large.moe, expert_hidden_dim=1404))
+    assert default_sizes(narrow, 8)["tensor"] == 4  # 8 would cut an expert's width unevenly
